@@ -1,0 +1,22 @@
+"""Pipeline-parallel training of unmodified Flax models in JAX."""
+
+from pdjax.errors import BrokenPipelineError as BrokenPipelineError
+from pdjax.errors import NonFiniteLossError as NonFiniteLossError
+from pdjax.errors import PdjaxWarning as PdjaxWarning
+from pdjax.pipeline import Pipeline as Pipeline
+from pdjax.pipeline import PipelineState as PipelineState
+from pdjax.planner import Plan as Plan
+from pdjax.schedules import ALGORITHMS as ALGORITHMS
+from pdjax.schedules import Action as Action
+from pdjax.schedules import Schedule as Schedule
+from pdjax.schedules import ScheduleError as ScheduleError
+from pdjax.schedules import gpipe as gpipe
+from pdjax.schedules import model_parallel as model_parallel
+from pdjax.schedules import one_f_one_b as one_f_one_b
+from pdjax.schedules import pipedream as pipedream
+from pdjax.schedules import validate as validate
+from pdjax.weights import LATEST as LATEST
+from pdjax.weights import STASH as STASH
+from pdjax.weights import WeightRule as WeightRule
+
+__version__ = "0.1.0"

@@ -1,0 +1,192 @@
+"""Which layers make up which stage.
+
+A `Plan` is a value: the names of the layers and where each stage begins. `balanced_plan` makes one
+from estimated work alone, `manual_plan` from names that a person gives. Nothing here imports JAX.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+_SLACK = 1.05  # how much more than the best balance a stage may work for the sake of a narrow cut
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which layers make up which stage.
+
+    Attributes:
+        layers: the names of all layers, in order.
+        first_layers: for each stage the index of its first layer; the first is 0.
+        shares: for each stage its share of the estimated work, if known.
+    """
+
+    layers: tuple[str, ...]
+    first_layers: tuple[int, ...]
+    shares: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        starts = self.first_layers
+        ascending = all(a < b for a, b in zip(starts, starts[1:], strict=False))
+        if not starts or starts[0] != 0 or not ascending or starts[-1] >= len(self.layers):
+            raise ValueError(
+                f"stages begin at layers {list(starts)} of {len(self.layers)}; expected ascending "
+                "indices of layers, the first of them 0."
+            )
+
+    @property
+    def num_stages(self) -> int:
+        """Number of stages."""
+        return len(self.first_layers)
+
+    def stage_layers(self, stage: int) -> tuple[str, ...]:
+        """The names of the layers of `stage`."""
+        bounds = [*self.first_layers, len(self.layers)]
+        return self.layers[bounds[stage] : bounds[stage + 1]]
+
+    def first_layers_in(self, names: Sequence[str]) -> tuple[int, ...]:
+        """Where the stages begin in another line of layers, such as that of an evaluation.
+
+        A layer of the same name stays on its stage; one that the plan does not know stays with
+        the layer before it. A stage may come out empty: it then begins where the next one does.
+        """
+        stage_of = {name: s for s in range(self.num_stages) for name in self.stage_layers(s)}
+        stages, stage = [], 0
+        for name in names:
+            stage = max(stage, stage_of.get(name, stage))
+            stages.append(stage)
+        return tuple(
+            next((at for at, found in enumerate(stages) if found >= wanted), len(names))
+            for wanted in range(self.num_stages)
+        )
+
+    def __str__(self) -> str:
+        rows = []
+        for stage in range(self.num_stages):
+            layers = self.stage_layers(stage)
+            share = f"{self.shares[stage]:6.1%} of the work" if self.shares else ""
+            span = layers[0] if len(layers) == 1 else f"{layers[0]} … {layers[-1]}"
+            rows.append(f"stage {stage}: {len(layers):3d} layers {share}  {span}")
+        return "\n".join(rows)
+
+    def to_json(self) -> str:
+        """The plan as JSON."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Reads what `to_json` wrote."""
+        value: dict[str, Any] = json.loads(text)
+        return cls(**{key: tuple(item) for key, item in value.items()})
+
+
+def balanced_plan(
+    names: Sequence[str], work: Sequence[float], cut_bytes: Sequence[int], num_stages: int
+) -> Plan:
+    """Divides the layers so that the busiest stage has the least to do.
+
+    Among the divisions that come within 5 % of the best, the one that sends the fewest bytes.
+
+    Args:
+        names: the names of the layers.
+        work: for each layer its work, in any unit.
+        cut_bytes: for each layer the bytes that cross a cut right after it.
+        num_stages: number of stages.
+
+    Raises:
+        ValueError: if there are fewer layers than stages.
+    """
+    _check_enough_layers(names, num_stages)
+    done = np.concatenate([[0.0], np.cumsum(np.asarray(work, float))])
+    limit = _smallest_maximum(done, num_stages) * _SLACK
+    starts = _narrowest(done, np.asarray(cut_bytes, float), num_stages, limit)
+    return _with_shares(tuple(names), starts, done)
+
+
+def manual_plan(names: Sequence[str], work: Sequence[float], cuts: Sequence[str]) -> Plan:
+    """A plan from the names of the layers or modules that begin stages 1, 2, ….
+
+    Args:
+        names: the names of the layers.
+        work: for each layer its work, in any unit.
+        cuts: names; that of a module stands for its first layer.
+
+    Raises:
+        ValueError: if a name is unknown or the names are not in the order of the layers.
+    """
+    starts = [0, *(_find_layer(names, cut) for cut in cuts)]
+    if any(a >= b for a, b in zip(starts, starts[1:], strict=False)):
+        raise ValueError(
+            f"the stages begin at {list(cuts)}, which are layers {starts[1:]} of the model; "
+            "expected them in the model's order, and none at its first layer."
+        )
+    done = np.concatenate([[0.0], np.cumsum(np.asarray(work, float))])
+    return _with_shares(tuple(names), tuple(starts), done)
+
+
+def _find_layer(names: Sequence[str], cut: str) -> int:
+    for at, name in enumerate(names):
+        if name == cut or name.startswith(f"{cut}/"):
+            return at
+    near = difflib.get_close_matches(cut, names, n=1, cutoff=0)
+    raise ValueError(
+        f"the model has no layer or module {cut!r}. Did you mean {near[0]!r}? "
+        f"Its layers are {', '.join(names)}."
+    )
+
+
+def _check_enough_layers(names: Sequence[str], num_stages: int) -> None:
+    if len(names) < num_stages:
+        raise ValueError(
+            f"{num_stages} stages need at least as many layers, but the model has {len(names)}: "
+            f"{', '.join(names)}. Use num_stages={len(names)} or fewer, or write the model in "
+            "smaller modules."
+        )
+
+
+def _with_shares(names: tuple[str, ...], starts: tuple[int, ...], done: np.ndarray) -> Plan:
+    bounds = [*starts, len(names)]
+    total = done[-1] or 1.0
+    shares = tuple(
+        float((done[stop] - done[start]) / total)
+        for start, stop in zip(bounds, bounds[1:], strict=False)
+    )
+    return Plan(names, starts, shares)
+
+
+def _smallest_maximum(done: np.ndarray, num_stages: int) -> float:
+    """The least that the busiest of `num_stages` stages can have to do."""
+    best = done[1:].copy()  # best[j]: the first j + 1 layers in as many stages as so far
+    for _ in range(num_stages - 1):
+        shorter = np.concatenate([[np.inf], best[:-1]])
+        last = done[1:, None] - done[None, :-1]  # work of layers i … j
+        best = np.where(last >= 0, np.maximum(last, shorter[None, :]), np.inf).min(axis=1)
+    return float(best[-1])
+
+
+def _narrowest(
+    done: np.ndarray, cut_bytes: np.ndarray, num_stages: int, limit: float
+) -> tuple[int, ...]:
+    """The first layers of the stages that send the fewest bytes with no stage over `limit`."""
+    count = len(done) - 1
+    stops = np.arange(1, count + 1)
+    bytes_sent = np.where(done[1:] <= limit, 0.0, np.inf)
+    choices = []
+    for _ in range(num_stages - 1):
+        before = np.concatenate([[np.inf], (bytes_sent + cut_bytes)[:-1]])
+        last = done[1:, None] - done[None, :-1]
+        allowed = (stops[:, None] > np.arange(count)[None, :]) & (last <= limit)
+        table = np.where(allowed, before[None, :], np.inf)
+        choices.append(table.argmin(axis=1))
+        bytes_sent = table.min(axis=1)
+    starts, at = [], count - 1
+    for choice in reversed(choices):
+        starts.append(int(choice[at]))
+        at = starts[-1] - 1
+    return (0, *reversed(starts))

@@ -1,0 +1,383 @@
+"""From what a person hands over to something that runs: trace, plan, split, compile, place."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Sharding
+
+from pdjax.batches import (
+    BatchSpec,
+    check_structure,
+    concatenation_axes,
+    default_num_microbatches,
+    describe_batch,
+)
+from pdjax.differentiate import Remat
+from pdjax.graph import LayerGraph, build_graph
+from pdjax.jaxprs import needed
+from pdjax.optimizer import UpdateSplit, init_program, split_update
+from pdjax.planner import Plan, balanced_plan, manual_plan
+from pdjax.program import Program
+from pdjax.runtime.evaluation import Evaluation
+from pdjax.runtime.executor import Executor, Feed, Run, StageState
+from pdjax.runtime.passes import Passes
+from pdjax.runtime.stage import Slicing, Values, placed
+from pdjax.runtime.transport import LocalTransport
+from pdjax.runtime.update import UpdateRunner
+from pdjax.schedules import Schedule, find_algorithm, validate
+from pdjax.split import StageSplit, split
+from pdjax.trees import own_copy, place
+from pdjax.weights import LATEST, STASH, WeightRule, peak_versions
+
+_log = logging.getLogger("pdjax")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a `Pipeline` was made with; see there."""
+
+    loss_fn: Callable[..., Any]
+    optimizer: optax.GradientTransformation
+    schedule: str | Schedule
+    weight_rule: WeightRule | None
+    placements: tuple[Sharding, ...]
+    num_microbatches: int | None
+    plan: Plan | Sequence[str] | None
+    eval_loss_fn: Callable[..., Any]
+    batch_axes: Any
+    weighted_loss: bool
+    remat: tuple[Remat, ...]
+    state_update: Literal["microbatch", "minibatch"]
+
+    @property
+    def num_stages(self) -> int:
+        """Number of stages."""
+        return len(self.placements)
+
+
+def make_schedule(settings: Settings, batch_size: int) -> tuple[Schedule, WeightRule]:
+    """The validated schedule and weight rule for minibatches of `batch_size` examples."""
+    schedule = settings.schedule
+    if isinstance(schedule, str):
+        algorithm = find_algorithm(schedule)
+        count = settings.num_microbatches
+        if count is None and schedule == "pipedream":
+            count = 1
+        count = count or default_num_microbatches(batch_size, settings.num_stages)
+        rule = settings.weight_rule or algorithm.weight_rule
+        schedule = algorithm.order(settings.num_stages, count)
+    else:
+        rule = settings.weight_rule or (LATEST if schedule.flushes else STASH)
+    validate(schedule, rule)
+    return schedule, rule
+
+
+def taking_key(loss_fn: Callable[..., Any], stateful: bool) -> Callable[..., Any]:
+    """`loss_fn` as a function whose last argument is a random key, if it takes none.
+
+    It takes one if its third (with mutable state fourth) positional argument has no default, or
+    has `rng` or `key` in its name.
+    """
+    before = 2 + stateful
+    try:
+        parameters = list(inspect.signature(loss_fn).parameters.values())
+    except (TypeError, ValueError):
+        return loss_fn
+    by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(by_position) < before or any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return loss_fn
+    last = by_position[before] if len(by_position) > before else None
+    if last and (last.default is last.empty or "rng" in last.name or "key" in last.name):
+        return loss_fn
+    return lambda *arguments: loss_fn(*arguments[:-1])
+
+
+class Prepared:
+    """A pipeline that is ready to run.
+
+    It is made for parameters, mutable state and minibatches of certain shapes. Minibatches of
+    other shapes are traced, split at the same layers and compiled when they come.
+
+    Attributes:
+        schedule: what a step does.
+        rule: which weights a backward pass reads.
+        plan: which layers make up which stage.
+        split: the loss function, cut into stages.
+        update: the optimizer, cut into stages.
+        executor: dispatches steps.
+    """
+
+    def __init__(
+        self, settings: Settings, params: Any, batch: Any, model_state: Any, rng: Any
+    ) -> None:
+        self._settings = settings
+        self._params, self._state = jax.eval_shape(lambda: (params, model_state))
+        self._key = rng
+        self._keys = [place(rng, placement) for placement in settings.placements]
+        self._passes: dict[Any, Passes] = {}
+        self._evaluations: dict[Any, Evaluation] = {}
+        self._spec = describe_batch(batch, settings.batch_axes)
+        self.schedule, self.rule = make_schedule(settings, self._spec.size)
+        graph = self._graph(settings.loss_fn, self._microbatch(self._spec))
+        self.plan = make_plan(settings, graph)
+        self.split = split(graph, self.plan.first_layers)
+        self.update = self._split_optimizer()
+        self.state_homes = _state_homes(self.split)
+        updates = [self._update_runner(stage) for stage in range(settings.num_stages)]
+        self.executor = Executor(
+            self.schedule,
+            self.rule,
+            updates,
+            LocalTransport(),
+            _average if settings.state_update == "minibatch" else None,
+        )
+        self._intake = [placed(_same, placement) for placement in settings.placements]
+        self._passes[self._spec.signature] = self._compile(self._spec, self.split, updates)
+
+    # -------- tracing and compiling
+
+    def _microbatch(self, spec: BatchSpec) -> Any:
+        return spec.microbatch(self.schedule.num_microbatches)
+
+    def _graph(self, loss_fn: Callable[..., Any], batch: Any) -> LayerGraph:
+        return build_graph(
+            taking_key(loss_fn, self._state is not None),
+            self._params,
+            batch,
+            self._key,
+            model_state=self._state,
+            weighted_loss=self._settings.weighted_loss,
+        )
+
+    def _split_optimizer(self) -> UpdateSplit:
+        traced = self.split.traced
+        update = split_update(
+            self._settings.optimizer,
+            self._params,
+            self.split.homes,
+            traced.param_names,
+            self._settings.num_stages,
+        )
+        if not self.schedule.flushes:
+            _refuse_ties(self.split, self.schedule)
+            _refuse_mixing(update, self.schedule)
+        return update
+
+    def _update_runner(self, stage: int) -> UpdateRunner:
+        """The update of a stage; it may reuse the old weights if no backward pass still needs
+        them."""
+        workers = self.schedule.unroll(self.schedule.lag + 2)
+        worker = workers[self.schedule.worker_of(stage)]
+        return UpdateRunner(
+            self.update,
+            stage,
+            self._settings.placements[stage],
+            self.schedule.num_microbatches,
+            donate_weights=peak_versions(worker, stage, self.rule) == 1,
+        )
+
+    def _compile(
+        self, spec: BatchSpec, stages: StageSplit, updates: Sequence[UpdateRunner] = ()
+    ) -> Passes:
+        m = self.schedule.num_microbatches
+        passes = Passes(
+            stages,
+            self._settings.placements,
+            self.schedule,
+            Slicing(m, spec.axes),
+            self._settings.remat,
+            self._metric_axes(spec, stages),
+        )
+        key = jax.ShapeDtypeStruct(jnp.shape(self._key), self._key.dtype)
+        lowerings = [*passes.lowerings(spec.shapes, key)]
+        lowerings += [lower for update in updates for lower in update.lowerings(passes.weighted)]
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            done = [pool.submit(lower().compile) for lower in lowerings]
+        for compiled in done:
+            compiled.result()
+        return passes
+
+    def _metric_axes(self, spec: BatchSpec, stages: StageSplit) -> tuple[int | None, ...]:
+        """The axes along which metrics are concatenated: those that grow with the batch."""
+        metrics = stages.traced.metrics
+        if self.schedule.num_microbatches == 1 or all(atom.aval.shape == () for atom in metrics):
+            return (None,) * len(metrics)
+        whole = jax.tree.unflatten(spec.tree, spec.shapes)
+        traced = self._graph(self._settings.loss_fn, whole).traced
+        return concatenation_axes(
+            [atom.aval for atom in metrics],
+            [atom.aval for atom in traced.metrics],
+            self.schedule.num_microbatches,
+        )
+
+    @property
+    def passes(self) -> Passes:
+        """The programs for minibatches of the shape that the pipeline was prepared for."""
+        return self._passes[self._spec.signature]
+
+    def _passes_for(self, spec: BatchSpec) -> Passes:
+        if spec.signature not in self._passes:
+            check_structure(spec, self._spec)
+            _log.info("compiling for a new batch shape: %s", _describe(spec))
+            graph = self._graph(self._settings.loss_fn, self._microbatch(spec))
+            stages = split(graph, self.plan.first_layers_in(graph.names))
+            if stages.homes != self.split.homes:
+                raise ValueError(
+                    f"for batches of {_describe(spec)} the loss function uses its parameters in "
+                    "other stages than before. Give a plan whose cuts suit both shapes."
+                )
+            self._passes[spec.signature] = self._compile(spec, stages)
+        return self._passes[spec.signature]
+
+    def _evaluation_for(self, spec: BatchSpec) -> Evaluation:
+        if spec.signature not in self._evaluations:
+            check_structure(spec, self._spec)
+            whole = jax.tree.unflatten(spec.tree, spec.shapes)
+            graph = self._graph(self._settings.eval_loss_fn, whole)
+            stages = split(graph, self.plan.first_layers_in(graph.names))
+            self._evaluations[spec.signature] = Evaluation(stages, self._settings.placements)
+        return self._evaluations[spec.signature]
+
+    # -------- running
+
+    def start(self, params: Any, model_state: Any) -> Run:
+        """Places the parameters and makes the optimizer state, each leaf where it lives."""
+        leaves, state = jax.tree.leaves(params), jax.tree.leaves(model_state)
+        program, _ = init_program(self._settings.optimizer, self._params)
+        stages = []
+        for stage, placement in enumerate(self._settings.placements):
+            mine = self.update.stages[stage]
+            weights = tuple(place(leaves[i], placement) for i in mine.params)
+            wanted = tuple(program.outvars[i] for i in mine.state)
+            kept = needed(program.equations, wanted)
+            init = Program(tuple(program.equations[i] for i in kept), {"state": wanted})
+            at_hand = dict(zip((program.invars[i] for i in mine.params), weights, strict=True))
+            values = dict(zip(program.invars, leaves, strict=True)) | at_hand
+            values |= zip(program.constvars, program.consts, strict=True)
+            reads = init.reads
+            make = placed(
+                lambda read, init=init, reads=reads: init.run(
+                    dict(zip(reads, read, strict=True))
+                )["state"],
+                placement,
+            )
+            model = {
+                i: place(leaf, placement)
+                for i, (leaf, homes) in enumerate(zip(state, self.state_homes, strict=True))
+                if stage in homes
+            }
+            stages.append(
+                StageState(weights, make(tuple(values[var] for var in reads)), model)
+            )
+        return Run(stages)
+
+    def feed(self, batch: Any) -> Feed:
+        """Moves a minibatch to the stages that read it."""
+        spec = describe_batch(batch, self._settings.batch_axes)
+        passes = self._passes_for(spec)
+        leaves = [own_copy(leaf) for leaf in jax.tree.leaves(batch)]
+        moved = [
+            intake(*(leaves[i] for i in stage.batch)) if stage.batch else ()
+            for stage, intake in zip(passes.split.stages, self._intake, strict=True)
+        ]
+        return Feed(passes, moved, self._keys)
+
+    def evaluate(self, run: Run, batch: Any) -> tuple[Any, Values, Any]:
+        """Dispatches a forward pass; returns the loss, the metrics and their structure."""
+        evaluation = self._evaluation_for(describe_batch(batch, self._settings.batch_axes))
+        leaves = [own_copy(leaf) for leaf in jax.tree.leaves(batch)]
+        loss, metrics = evaluation.run(
+            self.weights(run), self.model(run), leaves, self._keys[0]
+        )
+        return loss, metrics, evaluation.metrics_tree
+
+    def weights(self, run: Run) -> dict[int, Any]:
+        """The newest version of each parameter leaf, by index."""
+        found: dict[int, Any] = {}
+        for mine, state in zip(self.update.stages, run.stages, strict=True):
+            for index, leaf in zip(mine.params, state.weights, strict=True):
+                found.setdefault(index, leaf)
+        return found
+
+    def model(self, run: Run) -> dict[int, Any]:
+        """Each leaf of the mutable state, by index."""
+        return {i: run.stages[homes[0]].model[i] for i, homes in enumerate(self.state_homes)}
+
+
+def make_plan(settings: Settings, graph: LayerGraph) -> Plan:
+    """The plan that was asked for, checked against the model's layers."""
+    names = graph.names
+    work = [layer.flops for layer in graph.layers]
+    if settings.plan is None:
+        cut_bytes = [layer.cut_bytes for layer in graph.layers]
+        return balanced_plan(names, work, cut_bytes, settings.num_stages)
+    if not isinstance(settings.plan, Plan):
+        return manual_plan(names, work, settings.plan)
+    if settings.plan.layers != names:
+        differing = sorted(set(settings.plan.layers) ^ set(names))
+        raise ValueError(
+            f"the plan was made for another model: {len(settings.plan.layers)} layers in the "
+            f"plan, {len(names)} in this model; differing: {differing[:6]}. Make a new plan."
+        )
+    return settings.plan
+
+
+def _refuse_ties(stages: StageSplit, schedule: Schedule) -> None:
+    for name, homes in zip(stages.traced.param_names, stages.homes, strict=True):
+        if len(homes) > 1:
+            raise ValueError(
+                f"parameter {name!r} is used by stages {list(homes)}, but under the asynchronous "
+                f"schedule {schedule.name!r} its copies would drift apart. Choose cuts that keep "
+                "its users in one stage, untie the weights, or use a synchronous schedule such "
+                "as 'one_f_one_b'."
+            )
+
+
+def _refuse_mixing(update: UpdateSplit, schedule: Schedule) -> None:
+    if update.mixes:
+        raise ValueError(
+            f"the optimizer mixes stages: {update.mixes}, as clipping by the global norm does. "
+            f"Under the asynchronous schedule {schedule.name!r} the stages update at different "
+            "times, so this cannot be exact. Clip leaf by leaf (optax.clip, "
+            "optax.adaptive_grad_clip), or use a synchronous schedule such as 'one_f_one_b'."
+        )
+
+
+def _state_homes(stages: StageSplit) -> tuple[tuple[int, ...], ...]:
+    """For each leaf of the mutable state the stages that hold it: its writer, or all readers."""
+    homes = []
+    for index in range(len(stages.traced.state)):
+        writers = tuple(stage.index for stage in stages.stages if index in stage.updates)
+        readers = tuple(stage.index for stage in stages.stages if index in stage.state)
+        homes.append(writers or readers or (0,))
+    return tuple(homes)
+
+
+@jax.jit
+def _average(parts: Sequence[Values]) -> Values:
+    """The mean over microbatches of what can be averaged; of the rest the last."""
+    return tuple(
+        jnp.stack(column).mean(0).astype(column[0].dtype)
+        if jnp.issubdtype(column[0].dtype, jnp.inexact)
+        else column[-1]
+        for column in zip(*parts, strict=True)
+    )
+
+
+def _same(*leaves: Any) -> Values:
+    return leaves
+
+
+def _describe(spec: BatchSpec) -> str:
+    pairs = zip(spec.names, spec.shapes, strict=True)
+    return ", ".join(f"{name or 'batch'} {shape.dtype}{list(shape.shape)}" for name, shape in pairs)

@@ -1,0 +1,81 @@
+"""Forward-only runs through the stages, for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Sharding
+
+from pdjax.differentiate import forward_only
+from pdjax.jaxprs import Var
+from pdjax.runtime.passes import place_consts
+from pdjax.runtime.results import mean_of_results
+from pdjax.runtime.stage import OutputIndex, Values, placed
+from pdjax.split import StageSplit
+
+
+class Evaluation:
+    """The compiled forward passes of all stages for one shape of batch.
+
+    Attributes:
+        metrics_tree: the structure of the metrics, or None if there are none.
+    """
+
+    def __init__(self, split: StageSplit, placements: Sequence[Sharding]) -> None:
+        self._split = split
+        self.metrics_tree = split.traced.metrics_tree
+        self._runs, self._indices = [], []
+        for stage, placement in zip(split.stages, placements, strict=True):
+            inputs, program = forward_only(split, stage)
+            index = OutputIndex(program)
+            order = tuple(var for group in inputs.values() for var in group)
+
+            def run(
+                values: Values, order: Any = order, program: Any = program, index: Any = index
+            ) -> Values:
+                return index.distinct(program.run(dict(zip(order, values, strict=True))))
+
+            self._runs.append(placed(run, placement))
+            self._indices.append(index)
+        self._consts = place_consts(split, placements)
+        no_axes = [None] * len(split.traced.metrics)
+        weighted = split.traced.weight is not None
+        self._combine = mean_of_results(1, weighted, no_axes, placements[-1])
+
+    def run(
+        self,
+        weights: Mapping[int, Any],
+        model: Mapping[int, Any],
+        batch: Sequence[Any],
+        key: Any,
+    ) -> tuple[Any, Values]:
+        """Dispatches the stages one after the other; returns the loss and the metrics' leaves.
+
+        Args:
+            weights: each parameter leaf by index, wherever it is.
+            model: each leaf of the mutable state by index.
+            batch: the batch leaves.
+            key: the random key.
+        """
+        made: dict[Var, Any] = {}
+        results: dict[int, Any] = {
+            at: np.asarray(atom.val)
+            for at, atom in enumerate(self._split.results)
+            if not isinstance(atom, Var)
+        }
+        for stage, run, index in zip(self._split.stages, self._runs, self._indices, strict=True):
+            values = (
+                *(weights[i] for i in stage.params),
+                *self._consts[stage.index],
+                *(model[i] for i in stage.state),
+                *(batch[i] for i in stage.batch),
+                *((key,) if stage.uses_key else ()),
+                *(made[var] for var in stage.receives),
+            )
+            outputs = run(values)
+            made |= zip(stage.sends, (outputs[at] for at in index.sends), strict=True)
+            results |= zip(stage.outputs, (outputs[at] for at in index.results), strict=True)
+        loss, _, metrics = self._combine([tuple(results[at] for at in sorted(results))])
+        return loss, metrics

@@ -1,0 +1,165 @@
+"""The optimizer of one stage as jitted functions, placed on its devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding
+
+from pdjax import jaxprs
+from pdjax.jaxprs import Var
+from pdjax.optimizer import UpdateSplit
+from pdjax.runtime.stage import Values, placed
+
+_PACKED = 64  # elements up to which values travel together in one array
+
+Pack = tuple[Values, Values]
+"""Values on their way: one flat array for each dtype of the small ones, then the large ones."""
+
+
+class UpdateRunner:
+    """The compiled phases of one stage's update. Calling one only dispatches it.
+
+    Attributes:
+        sources: for each phase but the first the stages whose packs it needs.
+        phases: ``phases[k](weights, state, gradients, packs, divisor)``; all but the last
+            return a `Pack`, the last returns ``(weights, state)``. `packs` holds for each earlier
+            phase a pack of each source. The gradients are divided by `num_microbatches`, or by
+            what the tuple `divisor` holds if it is not empty. The last phase
+            reuses the memory of its state, and that of its weights if `donate_weights`, else of
+            its gradients.
+    """
+
+    def __init__(
+        self,
+        split: UpdateSplit,
+        stage: int,
+        placement: Sharding,
+        num_microbatches: int,
+        *,
+        donate_weights: bool,
+    ) -> None:
+        self._split = split
+        self._stage = stage
+        self._num_microbatches = num_microbatches
+        self._update = split.stages[stage]
+        self.num_phases = len(self._update.phases)
+        self.sources = tuple(
+            tuple(sorted({source for _, source in group})) for group in self._update.receives
+        )
+        donated = (0, 1) if donate_weights else (1, 2)  # the new weights take the place of one
+        self.phases = tuple(
+            placed(self._phase(k), placement, donate=donated if k == self.num_phases - 1 else ())
+            for k in range(self.num_phases)
+        )
+
+    def lowerings(self, weighted: bool) -> Iterator[Callable[[], Any]]:
+        """Functions that lower each phase.
+
+        Args:
+            weighted: whether the gradients are divided by a computed weight.
+        """
+        divisor = (jax.ShapeDtypeStruct((), jnp.float32),) if weighted else ()
+        weights = _shapes(self._split.params, self._update.params)
+        state = _shapes(self._split.state, self._update.state)
+        packs: list[dict[int, Any]] = []
+        for phase, run in enumerate(self.phases):
+            if phase == self.num_phases - 1 or self.sends(phase):
+                yield partial(run.lower, weights, state, weights, tuple(packs), divisor)
+            packs.append({s: self._pack_shape(s, phase) for s in self._sources_after(phase)})
+
+    def _sources_after(self, phase: int) -> tuple[int, ...]:
+        return self.sources[phase + 1] if phase + 1 < self.num_phases else ()
+
+    def _pack_shape(self, source: int, phase: int) -> Any:
+        sends = self._split.stages[source].phases[phase].outputs["sends"]
+        return jax.eval_shape(pack, _shapes(sends, range(len(sends))))
+
+    def sends(self, phase: int) -> bool:
+        """Whether this stage has something for the others after `phase`."""
+        return phase < self.num_phases - 1 and bool(self._update.phases[phase].outputs["sends"])
+
+    def _phase(self, phase: int) -> Any:
+        update, split = self._update, self._split
+        program = update.phases[phase]
+
+        def run(
+            weights: Values,
+            state: Values,
+            gradients: Values,
+            packs: Sequence[dict[int, Pack]],
+            divisor: Values,
+        ) -> Any:
+            values: dict[Var, Any] = dict(split.consts)
+            values |= zip((split.params[i] for i in update.params), weights, strict=True)
+            values |= zip((split.state[i] for i in update.state), state, strict=True)
+            values |= self._gradients(gradients, *(divisor or (self._num_microbatches,)))
+            values = self._receive(values, packs)
+            made = program.run(values)
+            if phase < self.num_phases - 1:
+                return pack(made["sends"])
+            return made["params"], made["state"]
+
+        return run
+
+    def _gradients(self, gradients: Values, divisor: Any) -> dict[Var, Any]:
+        grads = (self._split.grads[i] for i in self._update.params)
+        return {
+            var: gradient / jnp.asarray(divisor, gradient.dtype)
+            for var, gradient in zip(grads, gradients, strict=True)
+        }
+
+    def _receive(
+        self, values: dict[Var, Any], packs: Sequence[dict[int, Pack]]
+    ) -> dict[Var, Any]:
+        """Adds what other stages sent; gradients of tied parameters are summed in stage order."""
+        parts: dict[Var, dict[int, Any]] = {}
+        for phase, received in enumerate(packs):
+            for source, message in received.items():
+                sent = self._split.stages[source].phases[phase].outputs["sends"]
+                for var, value in zip(sent, unpack(message, sent), strict=True):
+                    if (var, source) in self._update.receives[phase + 1]:
+                        parts.setdefault(var, {})[source] = value
+        for var, received in parts.items():
+            if var in values:
+                received = {**received, self._stage: values[var]}
+            values[var] = sum(received[source] for source in sorted(received))
+        return values
+
+
+def pack(values: Sequence[Any]) -> Pack:
+    """Gathers small values into one flat array for each dtype."""
+    small: dict[Any, list[Any]] = {}
+    large = []
+    for value in values:
+        if value.size <= _PACKED:
+            small.setdefault(value.dtype, []).append(jnp.ravel(value))
+        else:
+            large.append(value)
+    return tuple(jnp.concatenate(group) for group in small.values()), tuple(large)
+
+
+def unpack(message: Pack, variables: Sequence[Var]) -> Values:
+    """Undoes `pack` for values of the shapes of `variables`."""
+    flat = {array.dtype: array for array in message[0]}
+    offset = dict.fromkeys(flat, 0)
+    large = iter(message[1])
+    values = []
+    for var in variables:
+        size, dtype = jaxprs.num_elements(var), var.aval.dtype
+        if size > _PACKED:
+            values.append(next(large))
+        else:
+            start = offset[dtype]
+            offset[dtype] = start + size
+            values.append(flat[dtype][start : start + size].reshape(var.aval.shape))
+    return tuple(values)
+
+
+def _shapes(variables: Sequence[Any], indices: Iterable[int]) -> Values:
+    avals = (variables[i].aval for i in indices)
+    return tuple(jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals)

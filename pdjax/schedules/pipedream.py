@@ -1,0 +1,40 @@
+"""PipeDream: one forward, one backward, never flushed."""
+
+from pdjax.schedules.schedule import Action, Schedule
+
+
+def pipedream(num_stages: int, num_microbatches: int = 1) -> Schedule:
+    """Forward and backward passes in turn, without ever waiting for a minibatch to end.
+
+    PipeDream (SOSP 2019, doi 10.1145/3341301.3359646, sections 3.2 and 3.3). A minibatch is one
+    microbatch, and every backward pass is followed by an update. Stage s starts with n - 1 - s
+    forwards; from then on its gradients are n - 1 - s updates old. With 3 stages, 4 steps and the
+    drain::
+
+        worker 0: 0F0 0F1 0F2         0B0 0U0 0F3 0B1 0U1     0B2 0U2     0B3 0U3
+        worker 1:     1F0 1F1     1B0 1U0 1F2 1B1 1U1 1F3 1B2 1U2     1B3 1U3
+        worker 2:         2F0 2B0 2U0 2F1 2B1 2U1 2F2 2B2 2U2 2F3 2B3 2U3
+
+    Asynchronous: use it with the weight rule `STASH`. On stage s at most n - s microbatches are
+    in flight and n - s versions of the weights alive.
+
+    Args:
+        num_stages: number of stages n.
+        num_microbatches: must be 1.
+
+    Raises:
+        ValueError: if a minibatch is to be more than one microbatch.
+    """
+    if num_microbatches != 1:
+        raise ValueError(
+            f"pipedream runs a minibatch as one microbatch; got num_microbatches="
+            f"{num_microbatches}. Leave it at 1 and hand over smaller minibatches, or use "
+            "one_f_one_b."
+        )
+
+    def actions(stage: int) -> tuple[Action, ...]:
+        behind = num_stages - 1 - stage
+        return (Action("F", stage, 0), Action("B", stage, -behind), Action("U", stage, -behind))
+
+    workers = tuple(actions(stage) for stage in range(num_stages))
+    return Schedule("pipedream", num_stages, 1, workers)

@@ -1,0 +1,343 @@
+"""From a loss function to equations, sorted by what they depend on.
+
+`trace_loss` runs the user's function once on abstract values. Every value is of one kind:
+
+    CONSTANT   depends on nothing but constants
+    FREE       on the batch or the random key, and on no parameter: cheap to repeat anywhere
+    PARAMETER  on parameters and constants only: casts, transposes, weight decay terms
+    LINE       on more than that: the computation that a pipeline cuts
+
+Matrix products and loops are never FREE (they would be repeated in every stage that needs them),
+and whatever has a side effect is on the line, where it runs once.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pdjax import jaxprs
+from pdjax.jaxprs import Atom, Equation, FlatProgram, Var
+from pdjax.trees import leaf_names, shape_of
+
+
+class Kind(enum.Enum):
+    """What a value depends on (see the module's docstring)."""
+
+    CONSTANT = "constant"
+    FREE = "free"
+    PARAMETER = "parameter"
+    LINE = "line"
+
+
+@dataclass(frozen=True, eq=False)
+class TracedLoss:
+    """A loss function as equations, with the part that each input and output plays.
+
+    Attributes:
+        program: the equations.
+        params: a variable for each parameter leaf.
+        state: a variable for each leaf of the mutable state.
+        batch: a variable for each batch leaf, shaped as in one microbatch.
+        key: the variable of the random key.
+        param_names: the path of each parameter leaf, such as ``"block_0/Dense_1/kernel"``.
+        state_names: the same for the mutable state.
+        loss: the scalar loss (with a weight: the sum).
+        weight: the scalar weight that the sum is divided by, or None.
+        new_state: the mutable state after the call, leaf by leaf.
+        metrics: the flat metrics.
+        metrics_tree: the structure of the metrics, or None if the function returns none.
+        kinds: what each variable depends on.
+        summaries: PARAMETER values that are so much smaller than their parameters that they are
+            sent to where they are needed rather than the parameters.
+    """
+
+    program: FlatProgram
+    params: tuple[Var, ...]
+    state: tuple[Var, ...]
+    batch: tuple[Var, ...]
+    key: Var
+    param_names: tuple[str, ...]
+    state_names: tuple[str, ...]
+    loss: Atom
+    weight: Atom | None
+    new_state: tuple[Atom, ...]
+    metrics: tuple[Atom, ...]
+    metrics_tree: Any
+    kinds: dict[Var, Kind] = field(repr=False)
+    summaries: frozenset[Var] = field(repr=False)
+
+    @property
+    def equations(self) -> tuple[Equation, ...]:
+        """The equations in program order."""
+        return self.program.equations
+
+    @cached_property
+    def maker(self) -> dict[Var, int]:
+        """For each value that is not an input, the position of the equation that makes it."""
+        return {
+            var: position
+            for position, equation in enumerate(self.equations)
+            for var in equation.outvars
+        }
+
+    def kind(self, atom: Atom) -> Kind:
+        """What `atom` depends on; a literal depends on nothing."""
+        return self.kinds[atom] if isinstance(atom, Var) else Kind.CONSTANT
+
+    def wide_params(self, atoms: Sequence[Atom]) -> frozenset[Var]:
+        """The parameters that must be at hand to compute `atoms`: not reached by a summary."""
+        found: set[Var] = set()
+        seen: set[Var] = set()
+        pending = [atom for atom in jaxprs.variables(atoms)]
+        while pending:
+            var = pending.pop()
+            if var in seen or var in self.summaries or self.kind(var) is not Kind.PARAMETER:
+                continue
+            seen.add(var)
+            if var in self.maker:
+                pending.extend(jaxprs.variables(self.equations[self.maker[var]].invars))
+            else:
+                found.add(var)
+        return frozenset(found)
+
+
+# ---------------------------------------------------------------- tracing
+
+
+@dataclass
+class _Outputs:
+    """What the trace learns about the structure of the function's result."""
+
+    metrics_tree: Any = None
+
+
+def trace_loss(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    batch: Any,
+    rng: Any,
+    *,
+    model_state: Any = None,
+    weighted_loss: bool = False,
+) -> TracedLoss:
+    """Traces `loss_fn` at the shapes of one microbatch.
+
+    Args:
+        loss_fn: ``loss_fn(params, batch, rng)`` that returns ``loss`` or ``(loss, metrics)``;
+            with `model_state`, ``loss_fn(params, model_state, batch, rng)`` that returns
+            ``(loss, new_state)`` or ``(loss, (new_state, metrics))``.
+        params: pytree of real or complex arrays (or of their shapes).
+        batch: pytree of arrays, or of shapes, of one microbatch.
+        rng: a random key.
+        model_state: mutable collections such as BatchNorm statistics.
+        weighted_loss: whether the function returns ``(sum, weight)`` in the place of the loss.
+
+    Raises:
+        ValueError: if the result has another form, the loss is not a real scalar or depends on
+            nothing, a parameter cannot be differentiated, or the function uses what cannot be
+            cut (ordered effects, mutable arrays, sharding annotations).
+    """
+    param_leaves, param_tree = jax.tree.flatten(params)
+    state_leaves, state_tree = jax.tree.flatten(model_state)
+    batch_leaves, batch_tree = jax.tree.flatten(batch)
+    param_names, state_names = leaf_names(params), leaf_names(model_state)
+    _check_differentiable(param_leaves, param_names)
+    outputs = _Outputs()
+
+    def flat(p: list[Any], s: list[Any], b: list[Any], key: Any) -> tuple[Any, ...]:
+        arguments = [jax.tree.unflatten(param_tree, p), jax.tree.unflatten(batch_tree, b), key]
+        if model_state is not None:
+            arguments.insert(1, jax.tree.unflatten(state_tree, s))
+        result = loss_fn(*arguments)
+        loss, new_state, metrics = _read_result(result, model_state, s)
+        total, weight = _read_loss(loss, weighted_loss)
+        metric_leaves, tree = jax.tree.flatten(metrics)
+        outputs.metrics_tree = None if metrics is None else tree
+        return total, weight, new_state, [jnp.asarray(leaf) for leaf in metric_leaves]
+
+    shapes = jax.tree.map(shape_of, (param_leaves, state_leaves, batch_leaves, rng))
+    program, _ = jaxprs.trace(flat, *shapes)
+    _check_supported(program)
+    _check_equal_state(program.outvars[2 : 2 + len(state_leaves)], state_leaves, state_names)
+    return _assemble(program, param_names, state_names, len(batch_leaves), weighted_loss, outputs)
+
+
+def _assemble(
+    program: FlatProgram,
+    param_names: tuple[str, ...],
+    state_names: tuple[str, ...],
+    num_batch_leaves: int,
+    weighted_loss: bool,
+    outputs: _Outputs,
+) -> TracedLoss:
+    num_params, num_states = len(param_names), len(state_names)
+    invars, outvars = iter(program.invars), iter(program.outvars)
+    params, state = _take(invars, num_params), _take(invars, num_states)
+    batch, (key,) = _take(invars, num_batch_leaves), _take(invars, 1)
+    loss, weight = next(outvars), next(outvars)
+    kinds = _classify(program, params, state, batch, key)
+    if not isinstance(loss, Var) or kinds[loss] in (Kind.CONSTANT, Kind.FREE):
+        raise ValueError(
+            "the loss depends on no parameter; expected a loss that a gradient step can lower. "
+            "Check that loss_fn uses the params that it is given."
+        )
+    return TracedLoss(
+        program=program,
+        params=params,
+        state=state,
+        batch=batch,
+        key=key,
+        param_names=param_names,
+        state_names=state_names,
+        loss=loss,
+        weight=weight if weighted_loss else None,
+        new_state=_take(outvars, num_states),
+        metrics=tuple(outvars),
+        metrics_tree=outputs.metrics_tree,
+        kinds=kinds,
+        summaries=_find_summaries(program, params, kinds),
+    )
+
+
+def _take(items: Iterator[Any], count: int) -> tuple[Any, ...]:
+    return tuple(next(items) for _ in range(count))
+
+
+def _read_result(result: Any, model_state: Any, old_leaves: list[Any]) -> tuple[Any, list, Any]:
+    """Splits the function's result into (loss, leaves of the new state, metrics)."""
+    is_pair = isinstance(result, tuple | list) and len(result) == 2
+    if model_state is None:
+        return (result[0], [], result[1]) if is_pair else (result, [], None)
+    tree = jax.tree.structure(model_state)
+    if is_pair and jax.tree.structure(result[1]) == tree:
+        return result[0], jax.tree.leaves(result[1]), None
+    if is_pair and isinstance(result[1], tuple | list) and len(result[1]) == 2:
+        new_state, metrics = result[1]
+        if jax.tree.structure(new_state) == tree:
+            return result[0], jax.tree.leaves(new_state), metrics
+    raise ValueError(
+        f"with model_state, loss_fn must return (loss, new_state) or (loss, (new_state, metrics)) "
+        f"where new_state has the structure {tree}; it returned {jax.tree.structure(result)}."
+    )
+
+
+def _read_loss(loss: Any, weighted: bool) -> tuple[Any, Any]:
+    """Splits the loss into (value, weight), both checked to be real scalars."""
+    is_pair = isinstance(loss, tuple | list) and len(loss) == 2
+    if weighted and not is_pair:
+        raise ValueError(
+            f"with weighted_loss=True the loss must be a pair (sum, weight); got {type(loss)}. "
+            "Return the sum over the examples and what to divide it by, or drop weighted_loss."
+        )
+    value, weight = loss if weighted else (loss, 1.0)
+    _check_scalar(value, "loss", (jnp.floating,))
+    _check_scalar(weight, "weight", (jnp.floating, jnp.integer))
+    return jnp.asarray(value), jax.lax.stop_gradient(jnp.asarray(weight, jnp.float32))
+
+
+def _check_scalar(value: Any, what: str, allowed: tuple[Any, ...]) -> None:
+    if not jax.tree_util.all_leaves([value]) or value is None:
+        got = f"a {type(value).__name__}"
+    else:
+        shape, dtype = jnp.shape(value), jnp.result_type(value)
+        if shape == () and any(jnp.issubdtype(dtype, kind) for kind in allowed):
+            return
+        got = f"{dtype}{list(shape)}"
+    raise ValueError(
+        f"the {what} must be a real scalar; loss_fn returned {got}. Reduce it, for example with "
+        ".mean(); metrics go into a second result: return loss, metrics."
+    )
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _check_differentiable(leaves: list[Any], names: tuple[str, ...]) -> None:
+    if not leaves:
+        raise ValueError("params holds no arrays; expected a pytree with at least one parameter.")
+    for leaf, name in zip(leaves, names, strict=True):
+        dtype = shape_of(leaf).dtype
+        if jax.dtypes.issubdtype(dtype, jax.dtypes.extended) or not jnp.issubdtype(
+            dtype, jnp.inexact
+        ):
+            raise ValueError(
+                f"parameter {name!r} has dtype {dtype}, which has no gradient. Move it out of "
+                "params: into the batch, a constant of the function, or model_state."
+            )
+
+
+def _check_supported(program: FlatProgram) -> None:
+    for equation, path in zip(program.equations, program.paths, strict=True):
+        reason = jaxprs.unsupported(equation)
+        if reason:
+            where = f" in {path!r}" if path else ""
+            raise ValueError(
+                f"the loss function uses {reason}{where} ({equation.primitive.name}), which cannot "
+                "be cut into stages. Use unordered callbacks, and functions without mutable "
+                "arrays or sharding annotations."
+            )
+
+
+def _check_equal_state(new: Sequence[Atom], old: list[Any], names: tuple[str, ...]) -> None:
+    for atom, leaf, name in zip(new, old, names, strict=True):
+        before = shape_of(leaf)
+        if (atom.aval.shape, atom.aval.dtype) != (before.shape, before.dtype):
+            raise ValueError(
+                f"model_state {name!r} goes in as {before.dtype}{list(before.shape)} and comes "
+                f"out as {atom.aval.str_short()}; expected the same shape and dtype."
+            )
+
+
+# ---------------------------------------------------------------- what depends on what
+
+
+def _classify(
+    program: FlatProgram,
+    params: Sequence[Var],
+    state: Sequence[Var],
+    batch: Sequence[Var],
+    key: Var,
+) -> dict[Var, Kind]:
+    kinds = dict.fromkeys(program.constvars, Kind.CONSTANT)
+    kinds |= dict.fromkeys(params, Kind.PARAMETER)
+    kinds |= dict.fromkeys(state, Kind.LINE)
+    kinds |= dict.fromkeys([*batch, key], Kind.FREE)
+    for equation in program.equations:
+        kind = _kind_of({kinds[var] for var in jaxprs.variables(equation.invars)})
+        unrepeatable = jaxprs.is_heavy(equation) and kind is not Kind.PARAMETER
+        if unrepeatable or jaxprs.has_effects(equation):
+            kind = Kind.LINE
+        kinds |= dict.fromkeys(equation.outvars, kind)
+    return kinds
+
+
+def _kind_of(inputs: set[Kind]) -> Kind:
+    if Kind.LINE in inputs or {Kind.FREE, Kind.PARAMETER} <= inputs:
+        return Kind.LINE
+    for kind in (Kind.FREE, Kind.PARAMETER):
+        if kind in inputs:
+            return kind
+    return Kind.CONSTANT
+
+
+def _find_summaries(
+    program: FlatProgram, params: Sequence[Var], kinds: dict[Var, Kind]
+) -> frozenset[Var]:
+    """PARAMETER values with fewer elements than the largest parameter behind them."""
+    largest = {var: jaxprs.num_elements(var) for var in params}
+    summaries = set()
+    for equation in program.equations:
+        if all(kinds[var] is Kind.PARAMETER for var in equation.outvars):
+            behind = max(largest.get(var, 0) for var in jaxprs.variables(equation.invars))
+            for var in equation.outvars:
+                largest[var] = behind
+                if jaxprs.num_elements(var) < max(behind, 2):
+                    summaries.add(var)
+    return frozenset(summaries)
