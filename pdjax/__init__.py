@@ -1,5 +1,6 @@
 """Pipeline-parallel training of unmodified Flax models in JAX."""
 
+from pdjax import nnx as nnx
 from pdjax.errors import BrokenPipelineError as BrokenPipelineError
 from pdjax.errors import NonFiniteLossError as NonFiniteLossError
 from pdjax.errors import PdjaxWarning as PdjaxWarning

@@ -21,8 +21,10 @@ from pdjax.errors import BrokenPipelineError, NonFiniteLossError
 from pdjax.planner import Plan
 from pdjax.prepare import Prepared, Settings
 from pdjax.runtime.executor import Run
-from pdjax.runtime.stage import Values
+from pdjax.runtime.recorder import Recorder
+from pdjax.runtime.placed import Values
 from pdjax.schedules import Schedule, find_algorithm
+from pdjax.timeline import Timeline
 from pdjax.weights import WeightRule
 
 _log = logging.getLogger("pdjax")
@@ -148,6 +150,7 @@ class Pipeline:
         self._raises = _one_of("nonfinite", nonfinite, ("raise", "ignore")) == "raise"
         self._prepared: Prepared | None = None
         self._broken: str | None = None
+        self._timeline: Timeline | None = None
         if run_ahead is not None and run_ahead < 1:
             raise ValueError(f"run_ahead={run_ahead}; expected at least 1 step.")
 
@@ -287,6 +290,28 @@ class Pipeline:
             )
             for index, (held, runner) in enumerate(zip(run.stages, passes.stages, strict=True))
         )
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        """Measures when every program of the steps inside the ``with`` runs.
+
+        Leaving it waits for all of them; `timeline` then tells. Costs a little time, so do not
+        leave it on.
+        """
+        executor = self._ready().executor
+        recorder = Recorder(executor.schedule)
+        executor.observer = recorder.observe
+        try:
+            yield
+        finally:
+            executor.observer = None
+            self._timeline = recorder.finish()
+
+    def timeline(self) -> Timeline:
+        """When every program ran during the last `record`."""
+        if self._timeline is None:
+            raise ValueError("nothing was recorded; run some steps inside 'with pipe.record():'.")
+        return self._timeline
 
     # -------- looking after itself
 

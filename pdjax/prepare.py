@@ -31,7 +31,8 @@ from pdjax.program import Program
 from pdjax.runtime.evaluation import Evaluation
 from pdjax.runtime.executor import Executor, Feed, Run, StageState
 from pdjax.runtime.passes import Passes
-from pdjax.runtime.stage import Slicing, Values, placed
+from pdjax.runtime.placed import Values, placed
+from pdjax.runtime.stage import Slicing
 from pdjax.runtime.transport import LocalTransport
 from pdjax.runtime.update import UpdateRunner
 from pdjax.schedules import Schedule, find_algorithm, validate
@@ -133,16 +134,16 @@ class Prepared:
         self.split = split(graph, self.plan.first_layers)
         self.update = self._split_optimizer()
         self.state_homes = _state_homes(self.split)
-        updates = [self._update_runner(stage) for stage in range(settings.num_stages)]
+        self._updates = [self._update_runner(stage) for stage in range(settings.num_stages)]
         self.executor = Executor(
             self.schedule,
             self.rule,
-            updates,
+            self._updates,
             LocalTransport(),
             _average if settings.state_update == "minibatch" else None,
         )
         self._intake = [placed(_same, placement) for placement in settings.placements]
-        self._passes[self._spec.signature] = self._compile(self._spec, self.split, updates)
+        self._passes[self._spec.signature] = self._compile(self._spec, self.split)
 
     # -------- tracing and compiling
 
@@ -186,9 +187,7 @@ class Prepared:
             donate_weights=peak_versions(worker, stage, self.rule) == 1,
         )
 
-    def _compile(
-        self, spec: BatchSpec, stages: StageSplit, updates: Sequence[UpdateRunner] = ()
-    ) -> Passes:
+    def _compile(self, spec: BatchSpec, stages: StageSplit) -> Passes:
         m = self.schedule.num_microbatches
         passes = Passes(
             stages,
@@ -196,13 +195,12 @@ class Prepared:
             self.schedule,
             Slicing(m, spec.axes),
             self._settings.remat,
+            self._updates,
             self._metric_axes(spec, stages),
         )
         key = jax.ShapeDtypeStruct(jnp.shape(self._key), self._key.dtype)
-        lowerings = [*passes.lowerings(spec.shapes, key)]
-        lowerings += [lower for update in updates for lower in update.lowerings(passes.weighted)]
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            done = [pool.submit(lower().compile) for lower in lowerings]
+            done = [pool.submit(lower().compile) for lower in passes.lowerings(spec.shapes, key)]
         for compiled in done:
             compiled.result()
         return passes

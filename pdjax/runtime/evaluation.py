@@ -12,7 +12,8 @@ from pdjax.differentiate import forward_only
 from pdjax.jaxprs import Var
 from pdjax.runtime.passes import place_consts
 from pdjax.runtime.results import mean_of_results
-from pdjax.runtime.stage import OutputIndex, Values, placed
+from pdjax.runtime.placed import Values, placed
+from pdjax.runtime.stage import OutputIndex
 from pdjax.split import StageSplit
 
 

@@ -9,8 +9,8 @@ it depends on which one that is:
     B   takes it out of the stash, adds to the stage's gradients, sends cotangents back
     U   applies the gradients
 
-A forward and a backward pass that follow each other on a stage that waits for no cotangent are one
-program.
+A forward and a backward pass that follow each other on a stage that waits for no cotangent in between
+are one program, and so is the update if it follows them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pdjax.runtime.passes import InstructionKind, Passes
-from pdjax.runtime.stage import Given, OutputIndex, Values
+from pdjax.runtime.placed import Values
+from pdjax.runtime.stage import Given, OutputIndex
 from pdjax.runtime.transport import Transport
 from pdjax.runtime.update import Pack, UpdateRunner
 from pdjax.schedules import Schedule
@@ -174,6 +175,7 @@ class Executor:
             "B": self._backward,
             "FB": self._fused,
             "U": self._update,
+            "FBU": self._whole,
         }
 
     def step(self, run: Run, feed: Feed) -> tuple[Any, Values]:
@@ -254,10 +256,23 @@ class Executor:
         self._return(step.run, passes, stage, microbatch, returns)
         return made
 
+    def _whole(self, step: _Step, stage: int, microbatch: int) -> Any:
+        passes, state = step.passes, step.run.stages[stage]
+        runner = passes.stages[stage]
+        given = runner.fused_reads.pick(self._given(step, stage, microbatch))
+        received = self._received(state, passes, stage, microbatch)
+        self._count(state, 1)
+        made = runner.whole(state.weights, given, received, state.optimizer)
+        outputs, state.weights, state.optimizer, returns = made
+        state.version += 1
+        self._deliver(step, stage, microbatch, outputs, runner.fused_outputs)
+        self._average(step, stage)
+        self._return(step.run, passes, stage, microbatch, returns)
+        return made
+
     def _update(self, step: _Step, stage: int, microbatch: int) -> Any:
         state = step.run.stages[stage]
-        if state.new_model:
-            self._average(step, stage)
+        self._average(step, stage)
         step.updating.append(stage)
         if self._updates[stage].num_phases == 1:
             self._apply(step, stage, microbatch, ())
@@ -348,8 +363,10 @@ class Executor:
                 waiting[microbatch][there][stage] = value
 
     def _average(self, step: _Step, stage: int) -> None:
-        assert self._average_state is not None
+        """Makes the mutable state of the minibatch out of those of its microbatches."""
         state = step.run.stages[stage]
+        if not self._average_state or not state.new_model:
+            return
         new = self._average_state(state.new_model)
         updates = step.passes.split.stages[stage].updates
         state.model.update(zip(updates, new, strict=True))

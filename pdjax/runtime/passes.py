@@ -12,12 +12,17 @@ from jax.sharding import Sharding
 from pdjax.differentiate import Remat, StagePrograms, differentiate
 from pdjax.jaxprs import Var
 from pdjax.runtime.results import mean_of_results
-from pdjax.runtime.stage import Slicing, StageRunner, Values
+from pdjax.runtime.placed import Values
+from pdjax.runtime.stage import Slicing, StageRunner
+from pdjax.runtime.update import UpdateRunner
 from pdjax.schedules import Action, Schedule, dispatch_order
 from pdjax.split import StageSplit
 from pdjax.trees import place
 
-InstructionKind = Literal["F", "B", "FB", "U"]
+InstructionKind = Literal["F", "B", "FB", "U", "FBU"]
+Fusion = Literal["", "FB", "FBU"]
+"""The kinds of actions that a stage does in one program."""
+
 Instruction = tuple[InstructionKind, int, int]
 """What to dispatch, for which stage, and for which microbatch counted from the step's first."""
 
@@ -59,6 +64,7 @@ class Passes:
         schedule: Schedule,
         slicing: Slicing,
         remat: Sequence[Remat],
+        updates: Sequence[UpdateRunner],
         metric_axes: Sequence[int | None],
     ) -> None:
         self.split = split
@@ -67,11 +73,11 @@ class Passes:
             for stage, how in zip(split.stages, remat, strict=True)
         ]
         self.stages = tuple(
-            StageRunner(program, placement, slicing)
-            for program, placement in zip(programs, placements, strict=True)
+            StageRunner(program, placement, slicing, update)
+            for program, placement, update in zip(programs, placements, updates, strict=True)
         )
         self.routes = tuple(_find_routes(stage, programs) for stage in range(len(programs)))
-        self.instructions = _fuse(schedule, self.routes)
+        self.instructions = _fuse(schedule, self._longest_fusions(schedule, updates))
         self.consts = place_consts(split, placements)
         self.num_results = len(split.results)
         self.constants = {
@@ -86,6 +92,25 @@ class Passes:
             placements[-1],
         )
 
+    def _longest_fusions(
+        self, schedule: Schedule, updates: Sequence[UpdateRunner]
+    ) -> tuple[Fusion, ...]:
+        """What each stage does in one program.
+
+        A forward and a backward pass that follow each other, where the stage waits for no
+        cotangent in between; with the update if it needs nothing but these gradients.
+        """
+
+        def fusion(stage: int) -> Fusion:
+            if self.routes[stage].num_waits:
+                return ""
+            alone = updates[stage].num_phases == 1 and not self.weighted
+            if alone and _always_follow(schedule, stage, "FBU"):
+                return "FBU"
+            return "FB" if _always_follow(schedule, stage, "FB") else ""
+
+        return tuple(fusion(stage) for stage in range(len(self.stages)))
+
     @property
     def weighted(self) -> bool:
         """Whether the loss has a weight."""
@@ -94,6 +119,8 @@ class Passes:
     def lowerings(self, batch: Sequence[Any], key: Any) -> Iterator[Callable[[], Any]]:
         """For each program that a step runs, a function that lowers it.
 
+        Those that were compiled before are found again by `jax.jit`.
+
         Args:
             batch: the shape of each batch leaf of a minibatch.
             key: the shape of the base key.
@@ -101,7 +128,10 @@ class Passes:
         used = {(kind, stage) for kind, stage, _ in self.instructions}
         accumulates = self.stages[0].slicing.num_microbatches > 1
         for kind, stage in sorted(used):
-            yield from self.stages[stage].lowerings(kind, batch, key, accumulates)
+            if kind == "U":
+                yield from self.stages[stage].update.lowerings(self.weighted)
+            else:
+                yield from self.stages[stage].lowerings(kind, batch, key, accumulates)
 
 
 def place_consts(split: StageSplit, placements: Sequence[Sharding]) -> tuple[Values, ...]:
@@ -135,28 +165,23 @@ def _find_routes(stage: int, stages: Sequence[StagePrograms]) -> Routes:
     )
 
 
-def _always_adjacent(schedule: Schedule, stage: int) -> bool:
-    """Whether every forward pass of `stage` is directly followed by its backward pass."""
-    worker = schedule.workers[schedule.worker_of(stage)]
-    forwards = [at for at, a in enumerate(worker) if a.kind == "F" and a.stage == stage]
-    return all(
-        worker[at + 1 : at + 2] == (Action("B", stage, worker[at].microbatch),) for at in forwards
-    )
-
-
-def _fuse(schedule: Schedule, routes: Sequence[Routes]) -> tuple[Instruction, ...]:
-    """The dispatch order, with F and B in one where a stage waits for nothing in between."""
-    fusable = {
-        stage
-        for stage, stage_routes in enumerate(routes)
-        if not stage_routes.num_waits and _always_adjacent(schedule, stage)
-    }
+def _fuse(schedule: Schedule, fusions: Sequence[Fusion]) -> tuple[Instruction, ...]:
+    """The dispatch order, with one instruction in the place of the actions that a stage fuses."""
     instructions: list[Instruction] = []
     for action in dispatch_order(schedule):
-        kind: InstructionKind = action.kind
-        if action.stage in fusable and kind in ("F", "B"):
-            if kind == "B":
-                continue
-            kind = "FB"
-        instructions.append((kind, action.stage, action.microbatch))
+        kinds = fusions[action.stage]
+        if kinds and action.kind == "F":
+            instructions.append((kinds, action.stage, action.microbatch))
+        elif action.kind not in kinds:
+            instructions.append((action.kind, action.stage, action.microbatch))
     return tuple(instructions)
+
+
+def _always_follow(schedule: Schedule, stage: int, kinds: Fusion) -> bool:
+    """Whether every forward pass of `stage` is directly followed by the others of `kinds`."""
+    worker = schedule.workers[schedule.worker_of(stage)]
+    return all(
+        worker[at : at + len(kinds)] == tuple(Action(k, stage, first.microbatch) for k in kinds)
+        for at, first in enumerate(worker)
+        if first.kind == "F" and first.stage == stage
+    )

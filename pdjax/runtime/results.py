@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from pdjax.runtime.stage import Values
+from pdjax.runtime.placed import Values
 
 
 def mean_of_results(

@@ -14,8 +14,8 @@ from jax.sharding import Sharding
 from pdjax.differentiate import StagePrograms
 from pdjax.jaxprs import Atom, Var
 from pdjax.program import Program
-
-Values = tuple[Any, ...]
+from pdjax.runtime.placed import Values, placed
+from pdjax.runtime.update import UpdateRunner
 
 
 class Given(NamedTuple):
@@ -85,10 +85,17 @@ class StageRunner:
     cotangent back a tuple of those that came, adds its gradients to `gradients` (donated; None to
     begin), and returns them with the cotangents for the values it received.
     ``fused(weights, given, received, gradients)`` does both and returns
-    ``(outputs, gradients, cotangents)``.
+    ``(outputs, gradients, cotangents)``. ``whole(weights, given, received, optimizer_state)`` does
+    the update, too, and returns ``(outputs, weights, optimizer_state, cotangents)``.
     """
 
-    def __init__(self, programs: StagePrograms, placement: Sharding, slicing: Slicing) -> None:
+    def __init__(
+        self,
+        programs: StagePrograms,
+        placement: Sharding,
+        slicing: Slicing,
+        update: UpdateRunner,
+    ) -> None:
         self.programs = programs
         self.placement = placement
         self.slicing = slicing
@@ -100,6 +107,8 @@ class StageRunner:
         self.forward = placed(self._forward, placement)
         self.backward = placed(self._backward, placement, donate=(4,))
         self.fused = placed(self._fused, placement, donate=(3,))
+        self.update = update
+        self.whole = placed(self._whole, placement, donate=(0, 3) if update.donates_weights else (3,))
 
     def lowerings(
         self, kind: str, batch: Sequence[Any], key: Any, accumulates: bool
@@ -107,7 +116,7 @@ class StageRunner:
         """Functions that lower a pass for its first and, if it accumulates, further microbatches.
 
         Args:
-            kind: ``"F"``, ``"B"`` or ``"FB"``; any other kind has no program here.
+            kind: ``"F"``, ``"B"``, ``"FB"`` or ``"FBU"``; any other kind has no program here.
             batch: the shape of each batch leaf of a minibatch.
             key: the shape of the base key.
             accumulates: whether a minibatch has more than one microbatch.
@@ -124,6 +133,10 @@ class StageRunner:
         for total in totals if kind == "FB" else ():
             reads = self.fused_reads.pick(given)
             yield partial(self.fused.lower, weights, reads, shapes["receives"], total)
+        if kind == "FBU":
+            reads = self.fused_reads.pick(given)
+            state = self.update.state_shapes
+            yield partial(self.whole.lower, weights, reads, shapes["receives"], state)
         for total in totals if kind == "B" else ():
             reads = self.backward_reads.pick(given)
             saved = _shapes(self.programs.forward.outputs["saved"])
@@ -192,6 +205,13 @@ class StageRunner:
         outputs = self.fused_outputs.distinct(made)
         return outputs, _accumulate(gradients, made["params"]), made["receives"]
 
+    def _whole(
+        self, weights: Values, given: Given, received: Values, optimizer_state: Values
+    ) -> tuple[Values, Values, Values, Values]:
+        outputs, gradients, cotangents = self._fused(weights, given, received, None)
+        weights, optimizer_state = self.update.whole(weights, optimizer_state, gradients)
+        return outputs, weights, optimizer_state, cotangents
+
     def _seed(self) -> dict[Var, Any]:
         seed = self.programs.seed
         return {} if seed is None else {seed: jnp.ones((), seed.aval.dtype)}
@@ -224,18 +244,6 @@ class OutputIndex:
         for name in ("sends", "state", "results", "saved"):
             found |= zip(getattr(self, name), made.get(name, ()), strict=True)
         return tuple(found[at] for at in range(len(found)))
-
-
-def placed(
-    function: Callable[..., Any], placement: Sharding, donate: tuple[int, ...] = ()
-) -> Any:
-    """`jax.jit` of a function that lives on one stage: it fetches its inputs and keeps its outputs."""
-    return jax.jit(
-        function,
-        in_shardings=placement,
-        out_shardings=placement,
-        donate_argnums=donate,
-    )
 
 
 def _shapes(group: Sequence[Atom]) -> Values:

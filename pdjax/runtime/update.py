@@ -13,7 +13,7 @@ from jax.sharding import Sharding
 from pdjax import jaxprs
 from pdjax.jaxprs import Var
 from pdjax.optimizer import UpdateSplit
-from pdjax.runtime.stage import Values, placed
+from pdjax.runtime.placed import Values, placed
 
 _PACKED = 64  # elements up to which values travel together in one array
 
@@ -51,11 +51,17 @@ class UpdateRunner:
         self.sources = tuple(
             tuple(sorted({source for _, source in group})) for group in self._update.receives
         )
+        self.donates_weights = donate_weights
         donated = (0, 1) if donate_weights else (1, 2)  # the new weights take the place of one
         self.phases = tuple(
             placed(self._phase(k), placement, donate=donated if k == self.num_phases - 1 else ())
             for k in range(self.num_phases)
         )
+
+    def whole(self, weights: Values, state: Values, gradients: Values) -> tuple[Values, Values]:
+        """The new weights and state, for use inside another program; only if there is one phase."""
+        assert self.num_phases == 1
+        return self._phase(0)(weights, state, gradients, (), ())
 
     def lowerings(self, weighted: bool) -> Iterator[Callable[[], Any]]:
         """Functions that lower each phase.
@@ -65,12 +71,17 @@ class UpdateRunner:
         """
         divisor = (jax.ShapeDtypeStruct((), jnp.float32),) if weighted else ()
         weights = _shapes(self._split.params, self._update.params)
-        state = _shapes(self._split.state, self._update.state)
+        state = self.state_shapes
         packs: list[dict[int, Any]] = []
         for phase, run in enumerate(self.phases):
             if phase == self.num_phases - 1 or self.sends(phase):
                 yield partial(run.lower, weights, state, weights, tuple(packs), divisor)
             packs.append({s: self._pack_shape(s, phase) for s in self._sources_after(phase)})
+
+    @property
+    def state_shapes(self) -> Values:
+        """The shapes of the stage's part of the optimizer state."""
+        return _shapes(self._split.state, self._update.state)
 
     def _sources_after(self, phase: int) -> tuple[int, ...]:
         return self.sources[phase + 1] if phase + 1 < self.num_phases else ()

@@ -1,0 +1,24 @@
+"""Jitted functions that live in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Sharding
+
+Values = tuple[Any, ...]
+"""Arrays, or what stands for them in a trace."""
+
+
+def placed(
+    function: Callable[..., Any], placement: Sharding, donate: tuple[int, ...] = ()
+) -> Any:
+    """`jax.jit` of a function that lives on one stage: it fetches its inputs and keeps its outputs."""
+    return jax.jit(
+        function,
+        in_shardings=placement,
+        out_shardings=placement,
+        donate_argnums=donate,
+    )

@@ -1,0 +1,99 @@
+"""Measures when the programs of a pipeline run.
+
+Dispatch returns at once, so the end of a program has to be waited for. A thread for each worker does
+so, in the order in which the worker runs its programs, while the main thread goes on dispatching.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from pdjax.runtime.passes import InstructionKind
+from pdjax.schedules import Action, Schedule
+from pdjax.schedules.schedule import ActionKind, inputs_of
+from pdjax.timeline import Span, Timeline
+
+
+@dataclass
+class _Event:
+    """A program that was dispatched; `done_s` is set when its results are ready."""
+
+    kind: InstructionKind
+    stage: int
+    microbatch: int
+    dispatched_s: float
+    done_s: float = 0.0
+
+
+class Recorder:
+    """Is told of every dispatch (`observe`), and makes a `Timeline` of them (`finish`)."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+        self._events: list[_Event] = []
+        self._queues: list[queue.SimpleQueue[tuple[_Event, Any] | None]] = []
+        self._threads: list[threading.Thread] = []
+        for _ in schedule.workers:
+            waiting: queue.SimpleQueue[tuple[_Event, Any] | None] = queue.SimpleQueue()
+            thread = threading.Thread(target=_wait_for_each, args=(waiting,), daemon=True)
+            thread.start()
+            self._queues.append(waiting)
+            self._threads.append(thread)
+
+    def observe(self, kind: InstructionKind, stage: int, microbatch: int, made: Any) -> None:
+        """Notes that a program was dispatched, and waits for it elsewhere."""
+        event = _Event(kind, stage, microbatch, time.perf_counter())
+        self._events.append(event)
+        # What the program made may be donated to the next one; a value made of it will not be.
+        leaves = [leaf for leaf in jax.tree.leaves(made) if isinstance(leaf, jax.Array)]
+        self._queues[self._schedule.worker_of(stage)].put((event, [_touch(x) for x in leaves[:1]]))
+
+    def finish(self) -> Timeline:
+        """Waits for everything that was dispatched and returns when it ran."""
+        for waiting in self._queues:
+            waiting.put(None)
+        for thread in self._threads:
+            thread.join()
+        ends = {(e.kind, e.stage, e.microbatch): e.done_s for e in self._events}
+        free_at = [0.0] * len(self._schedule.workers)
+        spans = []
+        for event in self._events:
+            worker = self._schedule.worker_of(event.stage)
+            inputs = self._inputs_ready(event, ends)
+            start = min(max(free_at[worker], inputs, event.dispatched_s), event.done_s)
+            free_at[worker] = event.done_s
+            spans.append(
+                Span(worker, event.kind, event.stage, event.microbatch, start, event.done_s)
+            )
+        title = f"{self._schedule.name}, measured"
+        return Timeline.of(title, len(self._schedule.workers), spans)
+
+    def _inputs_ready(self, event: _Event, ends: dict[tuple[str, int, int], float]) -> float:
+        first: ActionKind = "F" if event.kind in ("F", "FB", "FBU") else event.kind
+        needs = inputs_of(Action(first, event.stage, event.microbatch), self._schedule.num_stages)
+        return max((self._end_of(need, ends) for need in needs), default=0.0)
+
+    @staticmethod
+    def _end_of(action: Action, ends: dict[tuple[str, int, int], float]) -> float:
+        kinds = (action.kind, "FB", "FBU")
+        return max(ends.get((kind, action.stage, action.microbatch), 0.0) for kind in kinds)
+
+
+def _wait_for_each(waiting: queue.SimpleQueue[tuple[_Event, Any] | None]) -> None:
+    while (item := waiting.get()) is not None:
+        event, values = item
+        try:
+            jax.block_until_ready(values)
+        except Exception:  # noqa: BLE001 - the loss reports it; here only the time counts
+            pass
+        event.done_s = time.perf_counter()
+
+
+_touch: Callable[[jax.Array], jax.Array] = jax.jit(lambda x: x.ravel()[:1])
