@@ -154,20 +154,21 @@ def _trace_joint(
         losses = [made["results"][0]] if makes_loss else []
         return losses + [made["sends"][at] for at in gradient_sends], made
 
-    def joint(values: list[Any], cotangents: list[Any]) -> dict[str, Any]:
+    def joint(values: list[Any], cotangents: list[Any]) -> list[Any]:
         known = dict(zip(given, values, strict=True))
         point = [known[var] for var in differentiable]
         _, pull_back, made = jax.vjp(lambda p: primal(p, known), point, has_aux=True)
         (gradients,) = pull_back(cotangents)
         num_params = len(groups["params"])
-        return made | {"params": gradients[:num_params], "receives": gradients[num_params:]}
+        made |= {"params": gradients[:num_params], "receives": gradients[num_params:]}
+        return [made[name] for name in sizes]
 
     sizes = {name: len(group) for name, group in plain.outputs.items()}
     sizes |= {"params": len(groups["params"]), "receives": len(gradient_receives)}
     losses = [split.traced.loss] if makes_loss else []
     sends = [stage.sends[at] for at in gradient_sends]
     shapes = [[_shape(var) for var in group] for group in (given, [*losses, *sends])]
-    program, _ = jaxprs.trace(lambda *args: [joint(*args)[name] for name in sizes], *shapes)
+    program, _ = jaxprs.trace(joint, *shapes)
     return program, sizes
 
 

@@ -63,15 +63,16 @@ def _draw_span(axes: Axes, span: Span, makespan_s: float) -> None:
         edgecolor="black",
         linewidth=0.4,
     )
-    if span.kind != "U" and span.duration_s > makespan_s / 60:
+    label = str(span.microbatch)
+    if span.kind != "U" and span.duration_s > makespan_s * len(label) / 90:
         middle = (span.start_s + span.end_s) / 2 * 1e3
         dark = span.microbatch % 2 == 0
         axes.text(
             middle,
             span.worker,
-            str(span.microbatch),
+            label,
             ha="center",
             va="center",
-            fontsize=8,
+            fontsize=9,
             color="white" if dark else "black",
         )

@@ -292,14 +292,15 @@ class Pipeline:
         )
 
     @contextmanager
-    def record(self) -> Iterator[None]:
+    def record(self, state: PipelineState) -> Iterator[None]:
         """Measures when every program of the steps inside the ``with`` runs.
 
-        Leaving it waits for all of them; `timeline` then tells. Costs a little time, so do not
-        leave it on.
+        `state` is that of the first of these steps; it is only looked at. Leaving the ``with``
+        waits for all of them; `timeline` then tells. Recording costs a little time.
         """
         executor = self._ready().executor
-        recorder = Recorder(executor.schedule)
+        weights = [held.weights[0] for held in self._run_of(state).stages if held.weights]
+        recorder = Recorder(executor.schedule, weights)
         executor.observer = recorder.observe
         try:
             yield
@@ -310,7 +311,7 @@ class Pipeline:
     def timeline(self) -> Timeline:
         """When every program ran during the last `record`."""
         if self._timeline is None:
-            raise ValueError("nothing was recorded; run some steps inside 'with pipe.record():'.")
+            raise ValueError("nothing was recorded; run some steps inside 'with pipe.record(state):'.")
         return self._timeline
 
     # -------- looking after itself

@@ -126,6 +126,7 @@ class Prepared:
         self._key = rng
         self._keys = [place(rng, placement) for placement in settings.placements]
         self._passes: dict[Any, Passes] = {}
+        self._known: dict[Any, Passes] = {}
         self._evaluations: dict[Any, Evaluation] = {}
         self._spec = describe_batch(batch, settings.batch_axes)
         self.schedule, self.rule = make_schedule(settings, self._spec.size)
@@ -281,14 +282,31 @@ class Prepared:
 
     def feed(self, batch: Any) -> Feed:
         """Moves a minibatch to the stages that read it."""
-        spec = describe_batch(batch, self._settings.batch_axes)
-        passes = self._passes_for(spec)
-        leaves = [own_copy(leaf) for leaf in jax.tree.leaves(batch)]
+        leaves, tree = jax.tree.flatten(batch)
+        shapes = (tree, *((jnp.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves))
+        if shapes not in self._known:
+            spec = describe_batch(batch, self._settings.batch_axes)
+            self._known[shapes] = self._passes_for(spec)
+        passes = self._known[shapes]
+        leaves = [own_copy(leaf) for leaf in leaves]
         moved = [
-            intake(*(leaves[i] for i in stage.batch)) if stage.batch else ()
-            for stage, intake in zip(passes.split.stages, self._intake, strict=True)
+            self._take_in(stage.index, [leaves[i] for i in stage.batch])
+            for stage in passes.split.stages
         ]
         return Feed(passes, moved, self._keys)
+
+    def _take_in(self, stage: int, leaves: Sequence[Any]) -> Values:
+        """Batch leaves, where a stage reads them, for as long as it does.
+
+        An array that is in place already is used as it is under a synchronous schedule. Under an
+        asynchronous one it may be read after the step has returned, when its owner may have given
+        its memory away, so that the stage takes a copy.
+        """
+        placement = self._settings.placements[stage]
+        in_place = self.schedule.flushes and all(
+            isinstance(leaf, jax.Array) and leaf.sharding == placement for leaf in leaves
+        )
+        return tuple(leaves) if in_place else self._intake[stage](*leaves)
 
     def evaluate(self, run: Run, batch: Any) -> tuple[Any, Values, Any]:
         """Dispatches a forward pass; returns the loss, the metrics and their structure."""

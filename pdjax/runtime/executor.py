@@ -23,7 +23,7 @@ import numpy as np
 
 from pdjax.runtime.passes import InstructionKind, Passes
 from pdjax.runtime.placed import Values
-from pdjax.runtime.stage import Given, OutputIndex
+from pdjax.runtime.stage import Given, OutputIndex, Reads
 from pdjax.runtime.transport import Transport
 from pdjax.runtime.update import Pack, UpdateRunner
 from pdjax.schedules import Schedule
@@ -214,14 +214,17 @@ class Executor:
     def _forward(self, step: _Step, stage: int, microbatch: int) -> Any:
         passes, state = step.passes, step.run.stages[stage]
         runner = passes.stages[stage]
-        given = self._given(step, stage, microbatch)
+        given = self._given(step, stage, microbatch, runner.forward_reads)
+        kept = given
+        if runner.backward_reads != runner.forward_reads:
+            kept = self._given(step, stage, microbatch, runner.backward_reads)
         received = self._received(state, passes, stage, microbatch)
-        outputs = runner.forward(state.weights, runner.forward_reads.pick(given), received)
+        outputs = runner.forward(state.weights, given, received)
         index = runner.forward_outputs
         state.stash[microbatch] = Stashed(
             passes,
             state.weights if self._stashes else None,
-            runner.backward_reads.pick(given),
+            kept,
             tuple(outputs[at] for at in index.saved),
         )
         self._count(state, 0)
@@ -247,7 +250,7 @@ class Executor:
     def _fused(self, step: _Step, stage: int, microbatch: int) -> Any:
         passes, state = step.passes, step.run.stages[stage]
         runner = passes.stages[stage]
-        given = runner.fused_reads.pick(self._given(step, stage, microbatch))
+        given = self._given(step, stage, microbatch, runner.fused_reads)
         received = self._received(state, passes, stage, microbatch)
         made = runner.fused(state.weights, given, received, state.gradients)
         outputs, state.gradients, returns = made
@@ -259,7 +262,7 @@ class Executor:
     def _whole(self, step: _Step, stage: int, microbatch: int) -> Any:
         passes, state = step.passes, step.run.stages[stage]
         runner = passes.stages[stage]
-        given = runner.fused_reads.pick(self._given(step, stage, microbatch))
+        given = self._given(step, stage, microbatch, runner.fused_reads)
         received = self._received(state, passes, stage, microbatch)
         self._count(state, 1)
         made = runner.whole(state.weights, given, received, state.optimizer)
@@ -313,16 +316,19 @@ class Executor:
 
     # -------- what goes in and what comes out
 
-    def _given(self, step: _Step, stage: int, microbatch: int) -> Given:
+    def _given(self, step: _Step, stage: int, microbatch: int, reads: Reads) -> Given:
         feed = step.feed
         assert feed is not None, "a forward pass outside a step"
-        model = step.run.stages[stage].model
+        state: Values = ()
+        if reads.state:
+            model = step.run.stages[stage].model
+            state = tuple(model[i] for i in feed.passes.split.stages[stage].state)
         return Given(
-            feed.passes.consts[stage],
-            tuple(model[i] for i in feed.passes.split.stages[stage].state),
-            feed.batch[stage],
-            (feed.keys[stage],),
-            (np.uint32(microbatch),),
+            feed.passes.consts[stage] if reads.consts else (),
+            state,
+            feed.batch[stage] if reads.batch else (),
+            (feed.keys[stage],) if reads.key else (),
+            (np.uint32(microbatch),) if reads.number else (),
         )
 
     def _received(

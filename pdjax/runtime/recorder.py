@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,15 @@ class _Event:
 class Recorder:
     """Is told of every dispatch (`observe`), and makes a `Timeline` of them (`finish`)."""
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: Schedule, weights: Iterable[jax.Array]) -> None:
+        """Starts the threads.
+
+        Args:
+            schedule: the schedule that is run.
+            weights: one of the weights of each stage, for which what `observe` needs is compiled.
+        """
+        for leaf in weights:
+            _touch(leaf)
         self._schedule = schedule
         self._events: list[_Event] = []
         self._queues: list[queue.SimpleQueue[tuple[_Event, Any] | None]] = []
@@ -51,9 +59,7 @@ class Recorder:
         """Notes that a program was dispatched, and waits for it elsewhere."""
         event = _Event(kind, stage, microbatch, time.perf_counter())
         self._events.append(event)
-        # What the program made may be donated to the next one; a value made of it will not be.
-        leaves = [leaf for leaf in jax.tree.leaves(made) if isinstance(leaf, jax.Array)]
-        self._queues[self._schedule.worker_of(stage)].put((event, [_touch(x) for x in leaves[:1]]))
+        self._queues[self._schedule.worker_of(stage)].put((event, _lasting(kind, made)))
 
     def finish(self) -> Timeline:
         """Waits for everything that was dispatched and returns when it ran."""
@@ -61,6 +67,7 @@ class Recorder:
             waiting.put(None)
         for thread in self._threads:
             thread.join()
+        first = min((e.microbatch for e in self._events if e.kind.startswith("F")), default=0)
         ends = {(e.kind, e.stage, e.microbatch): e.done_s for e in self._events}
         free_at = [0.0] * len(self._schedule.workers)
         spans = []
@@ -69,9 +76,8 @@ class Recorder:
             inputs = self._inputs_ready(event, ends)
             start = min(max(free_at[worker], inputs, event.dispatched_s), event.done_s)
             free_at[worker] = event.done_s
-            spans.append(
-                Span(worker, event.kind, event.stage, event.microbatch, start, event.done_s)
-            )
+            number = event.microbatch - first
+            spans.append(Span(worker, event.kind, event.stage, number, start, event.done_s))
         title = f"{self._schedule.name}, measured"
         return Timeline.of(title, len(self._schedule.workers), spans)
 
@@ -84,6 +90,21 @@ class Recorder:
     def _end_of(action: Action, ends: dict[tuple[str, int, int], float]) -> float:
         kinds = (action.kind, "FB", "FBU")
         return max(ends.get((kind, action.stage, action.microbatch), 0.0) for kind in kinds)
+
+
+def _lasting(kind: InstructionKind, made: Any) -> Any:
+    """Of what a program made, something that no later program is given for good.
+
+    Gradients and weights are: a value made of them stands in for them.
+    """
+    if kind == "F":
+        return made
+    if kind in ("FB", "FBU"):
+        return made[0]
+    if kind == "B" and made[1]:
+        return made[1]
+    leaves = made[0] if kind == "B" else made
+    return _touch(leaves[0]) if leaves else ()
 
 
 def _wait_for_each(waiting: queue.SimpleQueue[tuple[_Event, Any] | None]) -> None:

@@ -36,9 +36,9 @@ class Given(NamedTuple):
     number: Values = ()
 
 
-@dataclass(frozen=True)
-class Reads:
-    """Which groups of `Given` a pass reads."""
+class Reads(NamedTuple):
+    """Which groups of `Given` a pass reads. The others are left empty, so that nobody keeps them
+    alive."""
 
     consts: bool
     state: bool
@@ -47,12 +47,8 @@ class Reads:
     number: bool
 
     def pick(self, given: Given) -> Given:
-        """Leaves out of `given` what is not read, so that nobody keeps it alive."""
-        return Given(*(v if read else () for v, read in zip(given, self._flags, strict=True)))
-
-    @property
-    def _flags(self) -> tuple[bool, ...]:
-        return (self.consts, self.state, self.batch, self.key, self.number)
+        """Leaves out of `given` what is not read."""
+        return Given(*(group if read else () for group, read in zip(given, self, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 ActionKind = Literal["F", "B", "U"]
@@ -91,12 +92,12 @@ class Schedule:
         """The actions of all workers."""
         return tuple(action for worker in self.workers for action in worker)
 
-    @property
+    @cached_property
     def flushes(self) -> bool:
         """Whether every microbatch is done with when its step ends (a synchronous schedule)."""
         return self.lag == 0
 
-    @property
+    @cached_property
     def lag(self) -> int:
         """How many steps back the actions reach."""
         lowest = min((action.microbatch for action in self.actions), default=0)

@@ -1,0 +1,183 @@
+"""`python -m pdjax.train`: trains a model as a pipeline and compares it with one device."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import tyro
+from rich.console import Console
+
+import pdjax
+from pdjax.config import TrainConfig
+from pdjax.training.baseline import SingleDevice
+from pdjax.training.loop import Speed, TrainingLoop, evaluate
+from pdjax.training.outputs import RunDirectory, check_free, make_directory
+from pdjax.training.progress import TrainingProgress
+from pdjax.training.task import Task, make_task
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code.
+
+    0 for success, 1 for a run that failed, 2 for arguments that make no sense.
+    """
+    config = tyro.cli(TrainConfig, args=arguments, prog="python -m pdjax.train")
+    errors = Console(stderr=True, highlight=False)
+    try:
+        train(config, Console(highlight=False))
+    except ValueError as error:
+        errors.print(f"error: {error}", style="red", markup=False)
+        return 2
+    except (pdjax.BrokenPipelineError, pdjax.NonFiniteLossError) as error:
+        errors.print(f"training stopped: {error}", style="red", markup=False)
+        return 1
+    return 0
+
+
+def train(config: TrainConfig, console: Console) -> dict[str, Any]:
+    """Trains as `config` says; returns what summary.json holds.
+
+    Raises:
+        ValueError: if the configuration makes no sense; nothing is written then.
+        NonFiniteLossError: if the loss becomes NaN or infinite.
+    """
+    _check(config)
+    make_devices(config.num_stages)
+    task = make_task(config)
+    optimizer = optax.adam(_learning_rate(config))
+    pipe = pdjax.Pipeline(
+        task.loss_fn,
+        optimizer,
+        schedule=config.schedule,
+        num_stages=config.num_stages,
+        num_microbatches=config.num_microbatches,
+        plan=config.cuts or None,
+        eval_loss_fn=task.eval_loss_fn,
+        remat=config.remat,
+        nonfinite=config.nonfinite,
+    )
+    _describe(console, config, task)
+    batch = jax.tree.map(
+        lambda leaf: np.stack([leaf] * config.batch_size), task.dataset.train[0]
+    )
+    with console.status("tracing and compiling"):
+        state = pipe.init(
+            task.params, batch, model_state=task.model_state, rng=jax.random.key(config.seed)
+        )
+        baseline = None
+        if config.single_device:
+            baseline = SingleDevice(task.loss_fn, optimizer, task.params, task.model_state)
+            baseline.run([batch])
+    console.print(f"schedule {config.schedule}, {pipe.schedule.num_microbatches} microbatches")
+    console.print(str(pipe.plan), markup=False)
+    output = make_directory(config.output, f"{config.model}-{config.schedule}")
+    with RunDirectory(output) as directory, TrainingProgress(console, config.steps) as progress:
+        loop = TrainingLoop(config, task, pipe, baseline, directory)
+        state, speed = loop.run(state, progress)
+        directory.write_ready(wait=True)
+        held_out = evaluate(config, task, pipe, state)
+        loop.record(state)
+        directory.write_timeline(pipe.timeline())
+        summary = _summarise(config, pipe, directory.losses, held_out, speed)
+        directory.write_summary(summary)
+    _report(console, summary, held_out, output)
+    return summary
+
+
+def make_devices(num_stages: int) -> None:
+    """Makes as many virtual CPU devices as there are stages; on other platforms it changes nothing.
+
+    It must come before JAX is first used; afterwards it does nothing.
+    """
+    try:
+        jax.config.update("jax_num_cpu_devices", num_stages)
+    except RuntimeError:
+        return  # JAX runs already; Pipeline says if the devices are too few
+
+
+def _check(config: TrainConfig) -> None:
+    for name in ("num_stages", "batch_size", "steps", "sequence_length", "eval_examples"):
+        value = getattr(config, name)
+        if value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1.")
+    if not config.learning_rate > 0:
+        raise ValueError(f"--learning-rate {config.learning_rate}: expected more than 0.")
+    if config.output is not None:
+        check_free(config.output)
+
+
+def _learning_rate(config: TrainConfig) -> optax.Schedule:
+    return optax.warmup_cosine_decay_schedule(
+        init_value=config.learning_rate / 10,
+        peak_value=config.learning_rate,
+        warmup_steps=max(config.steps // 10, 1),
+        decay_steps=max(config.steps, 2),
+        end_value=config.learning_rate / 10,
+    )
+
+
+def _describe(console: Console, config: TrainConfig, task: Task) -> None:
+    devices = jax.devices()[: config.num_stages]
+    console.print(
+        f"{config.model}, {task.num_parameters:,} parameters; {task.dataset.description}",
+        markup=False,
+    )
+    console.print(
+        f"{config.num_stages} stages on {', '.join(map(str, devices))}; seed {config.seed}",
+        markup=False,
+    )
+
+
+def _summarise(
+    config: TrainConfig,
+    pipe: pdjax.Pipeline,
+    losses: list[float],
+    held_out: dict[str, float],
+    speed: Speed,
+) -> dict[str, Any]:
+    return {
+        "model": config.model,
+        "schedule": config.schedule,
+        "num_stages": config.num_stages,
+        "num_microbatches": pipe.schedule.num_microbatches,
+        "batch_size": config.batch_size,
+        "steps": config.steps,
+        "seed": config.seed,
+        "initial_loss": losses[0],
+        "final_loss": float(np.mean(losses[-10:])),
+        "eval_loss": held_out["loss"],
+        "eval_accuracy": held_out["accuracy"],
+        "examples_per_s": speed.pipeline_examples_per_s,
+        "single_device_examples_per_s": speed.single_examples_per_s,
+        "stages": [list(pipe.plan.stage_layers(s)) for s in range(pipe.plan.num_stages)],
+        "jax": jax.__version__,
+        "platform": jax.default_backend(),
+    }
+
+
+def _report(
+    console: Console, summary: dict[str, Any], held_out: dict[str, float], output: Path
+) -> None:
+    console.print(f"loss {summary['initial_loss']:.3f} → {summary['final_loss']:.3f}")
+    console.print(f"held out: loss {held_out['loss']:.3f}, accuracy {held_out['accuracy']:.1%}")
+    ours, single = summary["examples_per_s"], summary["single_device_examples_per_s"]
+    if ours and single:
+        console.print(
+            f"{ours:,.0f} examples/s; the same model on one device {single:,.0f} examples/s "
+            f"(ratio {ours / single:.2f})"
+        )
+        if summary["platform"] == "cpu":
+            console.print(
+                "(virtual CPU devices share the cores that one device has to itself, so this "
+                "shows the cost of the pipeline, not its gain)"
+            )
+    console.print(f"metrics, summary and timeline picture are in {output}", markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

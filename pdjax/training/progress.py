@@ -1,0 +1,55 @@
+"""Shows how a run goes: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+_LINES = 10  # lines for a run whose output is not a terminal
+
+
+class TrainingProgress:
+    """Reports loss and speed while a run goes on. A context manager."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self._console = console
+        self._steps = steps
+        self._next_line = 1
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=steps, figures="")
+
+    def __enter__(self) -> TrainingProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, done: int, loss: float | None, examples_per_s: float) -> None:
+        """Reports after `done` steps, with the newest loss that is known."""
+        figures = f"loss {'…' if loss is None else f'{loss:.4f}'}  {examples_per_s:,.0f} examples/s"
+        self._bar.update(self._task, completed=done, figures=figures)
+        if not self._console.is_terminal and done * _LINES >= self._next_line * self._steps:
+            self._console.print(f"step {done}/{self._steps}  {figures}")
+            self._next_line = done * _LINES // self._steps + 1

@@ -1,0 +1,114 @@
+"""A model, its data and its loss functions."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from pdjax import data
+from pdjax.config import TrainConfig
+from pdjax.models import MODELS, find_model
+
+_DEFAULT_DATA = {"text": "stdlib", "image": "digits"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be trained, on what.
+
+    Attributes:
+        dataset: the data.
+        params: the initial parameters.
+        model_state: the initial mutable state (BatchNorm statistics), or None.
+        loss_fn: the training loss, as `pdjax.Pipeline` takes it.
+        eval_loss_fn: the loss without dropout and with the moving averages of BatchNorm.
+        num_parameters: number of trained numbers.
+    """
+
+    dataset: data.Dataset
+    params: Any
+    model_state: Any
+    loss_fn: Callable[..., Any]
+    eval_loss_fn: Callable[..., Any]
+    num_parameters: int
+
+
+def make_task(config: TrainConfig) -> Task:
+    """Loads the data, builds the model and initialises its parameters.
+
+    Raises:
+        ValueError: for an unknown model or data source, one that does not go with the other, or
+            fields that the model does not have.
+    """
+    spec = find_model(config.model)
+    source = config.data or _DEFAULT_DATA[spec.takes]
+    dataset = data.load(
+        source,
+        seed=config.seed,
+        sequence_length=config.sequence_length,
+        image_size=spec.image_size,
+    )
+    if dataset.kind != spec.takes:
+        raise ValueError(
+            f"model {config.model!r} takes {spec.takes}, but {source!r} is {dataset.kind}. Use "
+            f"--data {_DEFAULT_DATA[spec.takes]}, or one of the models for {dataset.kind}: "
+            f"{', '.join(name for name, s in MODELS.items() if s.takes == dataset.kind)}."
+        )
+    model = spec.build(dataset.num_classes, **_read_fields(config.model_fields))
+    example = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], dataset.train[0])
+    variables = jax.jit(model.init)({"params": jax.random.key(config.seed)}, example["x"])
+    params, model_state = variables["params"], dict(variables)
+    del model_state["params"]
+    return Task(
+        dataset=dataset,
+        params=params,
+        model_state=model_state or None,
+        loss_fn=_loss(model, train=True, stateful=bool(model_state)),
+        eval_loss_fn=_loss(model, train=False, stateful=bool(model_state)),
+        num_parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+    )
+
+
+def _loss(model: nn.Module, *, train: bool, stateful: bool) -> Callable[..., Any]:
+    """The mean cross-entropy of the model's logits, with the accuracy as a metric."""
+
+    def score(logits: jax.Array, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+        return losses.mean(), {"accuracy": jnp.mean(logits.argmax(-1) == batch["y"])}
+
+    def loss_fn(params: Any, batch: Any, rng: Any) -> Any:
+        logits = model.apply({"params": params}, batch["x"], train=train, rngs={"dropout": rng})
+        return score(logits, batch)
+
+    def stateful_loss_fn(params: Any, model_state: Any, batch: Any, rng: Any) -> Any:
+        logits, new_state = model.apply(
+            {"params": params, **model_state},
+            batch["x"],
+            train=train,
+            rngs={"dropout": rng},
+            mutable=list(model_state),
+        )
+        loss, metrics = score(logits, batch)
+        return loss, (dict(new_state), metrics)
+
+    return stateful_loss_fn if stateful else loss_fn
+
+
+def _read_fields(fields: tuple[str, ...]) -> dict[str, Any]:
+    values = {}
+    for field in fields:
+        name, equals, text = field.partition("=")
+        if not equals:
+            raise ValueError(f"got the model field {field!r}; expected NAME=VALUE, as width=256.")
+        try:
+            values[name] = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            values[name] = text
+    return values

@@ -1,0 +1,15 @@
+"""Four virtual CPU devices for every test, and one compilation cache for all of them."""
+
+import os
+import tempfile
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 4)
+
+# The same small programs occur in many tests; compiled once, they are found again on disk, by the
+# other test processes too. The folder is new for every run of the tests.
+_CACHE = os.environ.setdefault("PDJAX_TEST_CACHE", tempfile.mkdtemp(prefix="pdjax-tests-"))
+jax.config.update("jax_compilation_cache_dir", _CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,0 +1,105 @@
+"""Under PipeDream a pipeline computes what the replay oracle computes, parameter by parameter."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import chex
+import jax
+import optax
+import oracle
+import pytest
+import zoo
+
+import pdjax
+
+KEY = jax.random.key(3)
+STEPS = 13
+OPTIMIZERS = {
+    "adam": optax.adam(1e-2, eps=1e-3),
+    "momentum": optax.sgd(0.05, momentum=0.9),
+}
+CASES: dict[str, Any] = {
+    "transformer": zoo.transformer,
+    "mlp": zoo.mlp,
+    "vgg16": zoo.vgg,
+    "dropout": lambda: zoo.dense_blocks(dropout=0.2),
+    "skip": lambda: zoo.dense_blocks(l2=0.01),
+}
+
+
+@functools.cache
+def case_of(name: str) -> zoo.Case:
+    return CASES[name]()
+
+
+@pytest.mark.parametrize("drains", [(), (5, 7)])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_replay_oracle(name, num_stages, optimizer, drains):
+    case = case_of(name)
+    batches = [case.make_batch(zoo.MICROBATCH, seed) for seed in range(STEPS)]
+    pipe = pdjax.Pipeline(
+        case.loss_fn, OPTIMIZERS[optimizer], schedule="pipedream", num_stages=num_stages
+    )
+    state = pipe.init(case.params, batches[0], rng=KEY)
+    losses = []
+    for index, batch in enumerate(batches):
+        if index in drains:
+            state = pipe.drain(state)
+        state, metrics = pipe.step(state, batch)
+        losses.append(metrics["loss"])
+    state = pipe.drain(state)
+    params, expected_losses = oracle.replay_asynchronous(
+        case.loss_fn,
+        OPTIMIZERS[optimizer],
+        case.params,
+        batches,
+        pipe.stage_of_parameters(),
+        num_stages,
+        KEY,
+        drains,
+    )
+    chex.assert_trees_all_close(losses, expected_losses, atol=1e-5, rtol=1e-5)
+    chex.assert_trees_all_close(pipe.params(state), params, atol=2e-5, rtol=1e-4)
+    _check_memory(pipe, state, num_stages, drains)
+
+
+def _check_memory(pipe, state, num_stages, drains):
+    for stage, memory in enumerate(pipe.memory(state)):
+        warm_up = num_stages - 1 - stage
+        assert memory.peak_in_flight == warm_up + 1
+        assert memory.peak_versions <= warm_up + 1
+        if not drains:
+            assert memory.peak_versions == warm_up + 1
+
+
+def test_a_drain_leaves_nothing_behind():
+    case = case_of("mlp")
+    pipe = pdjax.Pipeline(case.loss_fn, optax.sgd(0.1), schedule="pipedream", num_stages=4)
+    batch = case.make_batch(zoo.MICROBATCH, 0)
+    state = pipe.init(case.params, batch)
+    for _ in range(6):
+        state, _ = pipe.step(state, batch)
+    before = [len(held.stash) for held in state._run.stages]
+    state = pipe.drain(state)
+    assert before == [3, 2, 1, 0]
+    for held in state._run.stages:
+        assert not held.stash
+        assert not held.inbox
+        assert not held.returned
+        assert held.version == 6
+
+
+def test_weights_are_stale_by_the_published_amount():
+    """With one weight per stage and a loss linear in each, the versions can be read off."""
+    case = zoo.dense_blocks(num_blocks=3)
+    pipe = pdjax.Pipeline(case.loss_fn, optax.sgd(0.1), schedule="pipedream", num_stages=3)
+    batch = case.make_batch(2, 0)
+    state = pipe.init(case.params, batch)
+    for _ in range(8):
+        state, _ = pipe.step(state, batch)
+    assert [held.version for held in state._run.stages] == [6, 7, 8]
+    assert [sorted(held.stash) for held in state._run.stages] == [[6, 7], [7], []]

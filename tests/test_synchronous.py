@@ -1,0 +1,154 @@
+"""Under a synchronous schedule a pipeline computes what one device computes."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import oracle
+import pytest
+import zoo
+
+import pdjax
+from pdjax.schedules import ALGORITHMS
+
+SYNCHRONOUS = [
+    name for name, algorithm in ALGORITHMS.items() if algorithm.weight_rule == pdjax.LATEST
+]
+STEPS = 2
+KEY = jax.random.key(7)
+
+
+@functools.cache
+def case_of(model: str) -> zoo.Case:
+    return zoo.MODELS[model]()
+
+
+@functools.cache
+def batches_of(model: str, num_microbatches: int) -> list[Any]:
+    size = num_microbatches * zoo.MICROBATCH
+    return [case_of(model).make_batch(size, seed) for seed in range(STEPS)]
+
+
+@functools.cache
+def gradient_of(model: str) -> Any:
+    case = case_of(model)
+    has_aux = case.model_state is not None
+    return jax.jit(jax.value_and_grad(case.loss_fn, has_aux=has_aux))
+
+
+def replay(model: str, num_microbatches: int, optimizer: Any) -> tuple[Any, Any, list[Any]]:
+    """Mean gradients over microbatches with the state threaded: (parameters, state, losses)."""
+    case, gradient = case_of(model), gradient_of(model)
+    params, state, count = case.params, case.model_state, 0
+    optimizer_state, losses = optimizer.init(params), []
+    for batch in batches_of(model, num_microbatches):
+        parts = []
+        for index in range(num_microbatches):
+            part = oracle.microbatch(batch, index, num_microbatches)
+            key = jax.random.fold_in(KEY, count)
+            if state is None:
+                loss, grads = gradient(params, part, key)
+            else:
+                (loss, state), grads = gradient(params, state, part, key)
+            parts.append((loss, grads))
+            count += 1
+        loss, mean = jax.tree.map(lambda *leaves: sum(leaves) / num_microbatches, *parts)
+        updates, optimizer_state = optimizer.update(mean, optimizer_state, params)
+        params = optax.apply_updates(params, updates)
+        losses.append(loss)
+    return params, state, losses
+
+
+@functools.cache
+def expected(model: str, num_microbatches: int) -> tuple[Any, Any, list[Any]]:
+    return replay(model, num_microbatches, optax.sgd(0.5, momentum=0.9))
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
+@pytest.mark.parametrize("schedule", SYNCHRONOUS)
+@pytest.mark.parametrize("model", zoo.MODELS)
+def test_equals_one_device(model, schedule, num_stages, num_microbatches):
+    case = case_of(model)
+    pipe = pdjax.Pipeline(
+        case.loss_fn,
+        optax.sgd(0.5, momentum=0.9),
+        schedule=schedule,
+        num_stages=num_stages,
+        num_microbatches=num_microbatches,
+    )
+    batches = batches_of(model, num_microbatches)
+    state = pipe.init(case.params, batches[0], model_state=case.model_state, rng=KEY)
+    losses = []
+    for batch in batches:
+        state, metrics = pipe.step(state, batch)
+        losses.append(metrics["loss"])
+    params, model_state, expected_losses = expected(model, num_microbatches)
+    chex.assert_trees_all_close(pipe.params(state), params, atol=5e-6, rtol=1e-5)
+    chex.assert_trees_all_close(losses, expected_losses, atol=1e-6, rtol=1e-5)
+    chex.assert_trees_all_close(pipe.model_state(state), model_state, atol=1e-6, rtol=1e-5)
+    memory = pipe.memory(state)
+    assert [stage.peak_in_flight for stage in memory] == [
+        _peak(schedule, num_stages, num_microbatches, stage) for stage in range(num_stages)
+    ]
+
+
+def _peak(schedule: str, num_stages: int, num_microbatches: int, stage: int) -> int:
+    """The published figures for the microbatches in flight at the peak."""
+    return {
+        "model_parallel": 1,
+        "gpipe": num_microbatches,
+        "one_f_one_b": min(num_stages - stage, num_microbatches),
+    }[schedule]
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+def test_equals_the_whole_minibatch_where_examples_are_independent(num_stages):
+    """Without BatchNorm and dropout, microbatches are no more than a way to compute jax.grad."""
+    case = case_of("mlp")
+    batch = case.make_batch(12, 0)
+    pipe = pdjax.Pipeline(
+        case.loss_fn, optax.sgd(1.0), num_stages=num_stages, num_microbatches=3
+    )
+    state, metrics = pipe.step(pipe.init(case.params, batch), batch)
+    loss, grads = jax.value_and_grad(case.loss_fn)(case.params, batch, KEY)
+    stepped = jax.tree.map(jnp.subtract, case.params, grads)
+    chex.assert_trees_all_close(pipe.params(state), stepped, atol=2e-6)
+    chex.assert_trees_all_close(metrics["loss"], loss, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", SYNCHRONOUS)
+def test_adam(schedule):
+    case = zoo.dense_blocks()
+    optimizer = optax.adam(1e-2)
+    batches = [case.make_batch(8, seed) for seed in range(4)]
+    pipe = pdjax.Pipeline(
+        case.loss_fn, optimizer, schedule=schedule, num_stages=3, num_microbatches=4
+    )
+    state = pipe.init(case.params, batches[0], rng=KEY)
+    for batch in batches:
+        state, _ = pipe.step(state, batch)
+    params, _ = oracle.replay_synchronous(case.loss_fn, optimizer, case.params, batches, 4, KEY)
+    chex.assert_trees_all_close(pipe.params(state), params, atol=2e-6)
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_dropout_masks_do_not_depend_on_stages_or_recomputation(num_stages, remat):
+    case = zoo.dense_blocks(dropout=0.3)
+    batches = [case.make_batch(6, seed) for seed in range(3)]
+    pipe = pdjax.Pipeline(
+        case.loss_fn, optax.sgd(0.1), num_stages=num_stages, num_microbatches=3, remat=remat
+    )
+    state = pipe.init(case.params, batches[0], rng=KEY)
+    for batch in batches:
+        state, _ = pipe.step(state, batch)
+    params, _ = oracle.replay_synchronous(
+        case.loss_fn, optax.sgd(0.1), case.params, batches, 3, KEY
+    )
+    chex.assert_trees_all_close(pipe.params(state), params, atol=2e-6)
