@@ -34,13 +34,13 @@ def equation_flops(equation: Equation) -> float:
 def _dot_flops(equation: Equation) -> float:
     left, _ = equation.invars
     (contracting, _), _ = equation.params["dimension_numbers"]
-    depth = math.prod(left.aval.shape[axis] for axis in contracting)
+    depth = math.prod(jaxprs.aval(left).shape[axis] for axis in contracting)
     return 2.0 * depth * jaxprs.num_elements(equation.outvars[0])
 
 
 def _convolution_flops(equation: Equation) -> float:
     _, kernel = equation.invars
     numbers = equation.params["dimension_numbers"]
-    num_filters = kernel.aval.shape[numbers.rhs_spec[0]]
+    num_filters = jaxprs.aval(kernel).shape[numbers.rhs_spec[0]]
     per_output = jaxprs.num_elements(kernel) / num_filters
     return 2.0 * per_output * jaxprs.num_elements(equation.outvars[0])

@@ -167,13 +167,9 @@ def _trace_joint(
     sizes |= {"params": len(groups["params"]), "receives": len(gradient_receives)}
     losses = [split.traced.loss] if makes_loss else []
     sends = [stage.sends[at] for at in gradient_sends]
-    shapes = [[_shape(var) for var in group] for group in (given, [*losses, *sends])]
+    shapes = [[jaxprs.shape_of(var) for var in group] for group in (given, [*losses, *sends])]
     program, _ = jaxprs.trace(joint, *shapes)
     return program, sizes
-
-
-def _shape(atom: Atom) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype)
 
 
 # ---------------------------------------------------------------- the partition

@@ -48,7 +48,9 @@ def save_timeline(timeline: Timeline, path: str | Path) -> None:
         for kind in _FILL
         if kind in present
     ]
-    axes.legend(handles=patches, ncols=4, loc="upper left", bbox_to_anchor=(0, -0.22), frameon=False)
+    axes.legend(
+        handles=patches, ncols=4, loc="upper left", bbox_to_anchor=(0, -0.22), frameon=False
+    )
     figure.savefig(path, dpi=130)
 
 

@@ -10,15 +10,19 @@ of them a value needs (`needed`), and turns a list back into a function (`as_fun
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 from jax.extend.core import primitives
+
+from pdjax.trees import is_key
 
 Var = jex.Var
 Atom = jex.Var | jex.Literal
@@ -27,10 +31,12 @@ Equation = jex.JaxprEqn
 _INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
 _HEAVY = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general", "scan", "while"})
 _CHEAP = frozenset(
-    "abs add and broadcast_in_dim ceil clamp concatenate convert_element_type copy copy_p "
-    "div eq expand_dims floor ge gt integer_pow iota is_finite le lt max min mul ne neg not "
-    "one_minus_square or pad reduce_precision reshape rev round rsqrt select_n sign slice sqrt "
-    "square squeeze stop_gradient sub transpose xor".split()
+    """
+    abs add and broadcast_in_dim ceil clamp concatenate convert_element_type copy copy_p div eq
+    expand_dims floor ge gt integer_pow iota is_finite le lt max min mul ne neg not
+    one_minus_square or pad reduce_precision reshape rev round rsqrt select_n sign slice sqrt
+    square squeeze stop_gradient sub transpose xor
+    """.split()
 )
 _WRAPPERS = frozenset({"custom_jvp_call", "jit", "pjit"})
 _SHARDED = frozenset({"sharding_constraint", "reshard", "mesh_cast", "shard_map", "xla_pmap"})
@@ -149,9 +155,9 @@ def fresh(aval: Any) -> Var:
     return jex.Var(aval)
 
 
-def is_var(atom: Atom) -> bool:
-    """Whether `atom` is a variable, not a literal."""
-    return not isinstance(atom, jex.Literal)
+def aval(atom: Atom) -> Any:
+    """The abstract value of `atom`: its shape and dtype."""
+    return atom.aval
 
 
 def variables(atoms: Iterable[Atom]) -> list[Var]:
@@ -193,27 +199,25 @@ def scope_path(equation: Equation) -> str:
 
 def is_inexact(atom: Atom) -> bool:
     """Whether a value can carry a gradient: real or complex, neither integer, boolean nor key."""
-    dtype = atom.aval.dtype
-    return not jax.dtypes.issubdtype(dtype, jax.dtypes.extended) and bool(
-        jax.numpy.issubdtype(dtype, jax.numpy.inexact)
-    )
+    return bool(jnp.issubdtype(aval(atom).dtype, jnp.inexact))
 
 
 def num_elements(atom: Atom) -> int:
     """Number of elements of a value."""
-    return int(np.prod(atom.aval.shape, dtype=np.int64))
+    return math.prod(aval(atom).shape)
 
 
 def num_bytes(atom: Atom) -> int:
     """Size of a value in bytes."""
-    return aval_bytes(atom.aval)
+    shape = shape_of(atom)
+    if is_key(shape):
+        shape = jax.eval_shape(jax.random.key_data, shape)
+    return math.prod(shape.shape) * np.dtype(shape.dtype).itemsize
 
 
-def aval_bytes(aval: Any) -> int:
-    """Size in bytes of anything with a shape and a dtype (a typed random key included)."""
-    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
-        aval = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
-    return int(np.prod(aval.shape, dtype=np.int64)) * np.dtype(aval.dtype).itemsize
+def shape_of(atom: Atom) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of a value."""
+    return jax.ShapeDtypeStruct(aval(atom).shape, aval(atom).dtype)
 
 
 def has_effects(equation: Equation) -> bool:
@@ -271,7 +275,7 @@ def fingerprint(equations: Sequence[Equation]) -> str:
     def name(atom: Atom) -> str:
         if isinstance(atom, jex.Literal):
             return f"{atom.val}"
-        return f"v{numbers.setdefault(atom, len(numbers))}:{atom.aval.str_short()}"
+        return f"v{numbers.setdefault(atom, len(numbers))}:{aval(atom).str_short()}"
 
     digest = hashlib.sha256()
     for equation in equations:
@@ -292,7 +296,7 @@ def _join(outer: str, inner: str) -> str:
 
 
 def _called(equation: Equation) -> jex.ClosedJaxpr:
-    inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+    inner: Any = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
     if hasattr(inner, "consts"):
         return inner
     return jex.ClosedJaxpr(inner, ())

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pdjax.trees import is_key
+
 
 class Functional(NamedTuple):
     """A loss over an NNX module, as `pdjax.Pipeline` takes it.
@@ -33,33 +35,35 @@ class Functional(NamedTuple):
 def functionalize(model: nnx.Module, loss_fn: Callable[..., Any]) -> Functional:
     """Turns a loss over a module into one over its parameters.
 
-    Every call of the loss begins with the random streams that belong to its microbatch: their
-    keys are made from the microbatch's key, and their counters start at zero. So dropout does
-    not depend on the schedule or the number of stages.
+        Every call of the loss begins with the random streams that belong to its microbatch: their
+        keys are made from the microbatch's key, and their counters start at zero. So dropout does
+        not depend on the schedule or the number of stages.
 
     Example:
-        >>> import jax.numpy as jnp, optax, pdjax
-        >>> from flax import nnx
-        >>> class Model(nnx.Module):
-        ...     def __init__(self, rngs):
-        ...         self.hidden = nnx.Linear(3, 8, rngs=rngs)
-        ...         self.out = nnx.Linear(8, 1, rngs=rngs)
-        ...     def __call__(self, x):
-        ...         return self.out(nnx.relu(self.hidden(x)))
-        >>> def loss_fn(model, batch):
-        ...     return jnp.mean((model(batch["x"]) - batch["y"]) ** 2)
-        >>> model = Model(nnx.Rngs(0))
-        >>> batch = {"x": jnp.ones((4, 3)), "y": jnp.ones((4, 1))}
-        >>> f = pdjax.nnx.functionalize(model, loss_fn)
-        >>> pipe = pdjax.Pipeline(f.loss_fn, optax.adam(1e-2), num_stages=1)
-        >>> state = pipe.init(f.params, batch, model_state=f.model_state)
-        >>> state, metrics = pipe.step(state, batch)
-        >>> pdjax.nnx.update(model, pipe, state)
+            >>> import jax.numpy as jnp, optax, pdjax
+            >>> from flax import nnx
+
+    from pdjax.trees import is_key
+            >>> class Model(nnx.Module):
+            ...     def __init__(self, rngs):
+            ...         self.hidden = nnx.Linear(3, 8, rngs=rngs)
+            ...         self.out = nnx.Linear(8, 1, rngs=rngs)
+            ...     def __call__(self, x):
+            ...         return self.out(nnx.relu(self.hidden(x)))
+            >>> def loss_fn(model, batch):
+            ...     return jnp.mean((model(batch["x"]) - batch["y"]) ** 2)
+            >>> model = Model(nnx.Rngs(0))
+            >>> batch = {"x": jnp.ones((4, 3)), "y": jnp.ones((4, 1))}
+            >>> f = pdjax.nnx.functionalize(model, loss_fn)
+            >>> pipe = pdjax.Pipeline(f.loss_fn, optax.adam(1e-2), num_stages=1)
+            >>> state = pipe.init(f.params, batch, model_state=f.model_state)
+            >>> state, metrics = pipe.step(state, batch)
+            >>> pdjax.nnx.update(model, pipe, state)
 
     Args:
-        model: the module, in the mode that `loss_fn` should run it in (``model.train()``).
-        loss_fn: ``loss_fn(model, batch)`` that returns ``loss`` or ``(loss, metrics)``; it may
-            take a random key as its third argument.
+            model: the module, in the mode that `loss_fn` should run it in (``model.train()``).
+            loss_fn: ``loss_fn(model, batch)`` that returns ``loss`` or ``(loss, metrics)``; it may
+                take a random key as its third argument.
     """
     graph, params, streams, others = nnx.split(model, nnx.Param, nnx.RngState, ...)
     takes_key = len(inspect.signature(loss_fn).parameters) > 2
@@ -86,19 +90,15 @@ def _reseed(streams: nnx.State, rng: Any) -> nnx.State:
     """The random streams with keys made from `rng` and counters at zero."""
     leaves, tree = jax.tree.flatten(streams)
     fresh = [
-        _like(jax.random.fold_in(rng, at), leaf) if _is_key(leaf) else jnp.zeros_like(leaf)
+        _like(jax.random.fold_in(rng, at), leaf) if is_key(leaf) else jnp.zeros_like(leaf)
         for at, leaf in enumerate(leaves)
     ]
     return jax.tree.unflatten(tree, fresh)
 
 
-def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def _like(key: Any, leaf: Any) -> Any:
     """A key of the implementation and shape of `leaf`."""
-    typed = key if _is_key(key) else jax.random.wrap_key_data(key)
+    typed = key if is_key(key) else jax.random.wrap_key_data(key)
     data = jax.random.key_data(typed)
     single = jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     return single if not leaf.shape else jax.random.split(single, leaf.shape)

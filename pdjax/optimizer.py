@@ -132,9 +132,9 @@ class _UpdatePlacer:
             self._supply(stage)
         phase = self._find_phases()
         wants = [
-            (atom, s) for s in range(self.num_stages) for atom in self._wanted(s) if _is_made(atom)
+            (var, s) for s in range(self.num_stages) for var in jaxprs.variables(self._wanted(s))
         ]
-        num_phases = 1 + max((phase[var, stage] for var, stage in wants), default=0)
+        num_phases = 1 + max((phase[want] for want in wants), default=0)
         return UpdateSplit(
             params=self.params,
             grads=self.grads,
@@ -186,9 +186,7 @@ class _UpdatePlacer:
     def _home_of_bystander(self, new: jaxprs.Atom) -> frozenset[int]:
         """Where a leaf lives that helps no parameter: with the largest leaf it is made from."""
         equations = [self.program.equations[i] for i in self._needed([new])]
-        sources = [
-            var for var in jaxprs.free_variables(equations, [new]) if var in self.homes
-        ]
+        sources = [var for var in jaxprs.free_variables(equations, [new]) if var in self.homes]
         largest = max(sources, key=jaxprs.num_elements, default=None)
         return frozenset([0]) if largest is None else self.homes[largest]
 
@@ -262,9 +260,7 @@ class _UpdatePlacer:
                 phase |= {(var, target): phase[var, source] + 1 for target in targets}
         return phase
 
-    def _stage(
-        self, stage: int, num_phases: int, phase: dict[tuple[Var, int], int]
-    ) -> StageUpdate:
+    def _stage(self, stage: int, num_phases: int, phase: dict[tuple[Var, int], int]) -> StageUpdate:
         sends: list[list[Var]] = [[] for _ in range(num_phases)]
         receives: list[list[tuple[Var, int]]] = [[] for _ in range(num_phases)]
         for var, (source, targets) in self.sent.items():
@@ -315,10 +311,6 @@ class _UpdatePlacer:
                 f"{what}{name} on stage {source}"
             )
         return None
-
-
-def _is_made(atom: jaxprs.Atom) -> bool:
-    return isinstance(atom, Var)
 
 
 def _common(everywhere: frozenset[int], groups: Sequence[frozenset[int]]) -> frozenset[int]:

@@ -21,10 +21,11 @@ from pdjax.errors import BrokenPipelineError, NonFiniteLossError
 from pdjax.planner import Plan
 from pdjax.prepare import Prepared, Settings
 from pdjax.runtime.executor import Run
-from pdjax.runtime.recorder import Recorder
 from pdjax.runtime.placed import Values
+from pdjax.runtime.recorder import Recorder
 from pdjax.schedules import Schedule, find_algorithm
 from pdjax.timeline import Timeline
+from pdjax.trees import is_key
 from pdjax.weights import WeightRule
 
 _log = logging.getLogger("pdjax")
@@ -43,11 +44,28 @@ class PipelineState:
         step: number of minibatches handed over so far.
     """
 
-    def __init__(self, owner: Pipeline, run: Run, step: int, losses: deque[tuple[int, Any]]):
+    def __init__(
+        self, owner: Pipeline, run: Run, step: int, losses: deque[tuple[int, Any]]
+    ) -> None:
         self.step = step
         self._owner = owner
         self._run: Run | None = run
         self._losses = losses
+
+    @property
+    def run(self) -> Run:
+        """What the executor holds.
+
+        Raises:
+            ValueError: if the state was used before.
+        """
+        if self._run is None:
+            raise ValueError(
+                f"this state (step {self.step}) was used before, and the step that used it "
+                "reused its memory. Go on with the state that it returned: "
+                "state, metrics = pipe.step(state, batch)."
+            )
+        return self._run
 
     def __repr__(self) -> str:
         used = "" if self._run else ", used"
@@ -120,7 +138,7 @@ class Pipeline:
         schedule: str | Schedule = "one_f_one_b",
         num_stages: int | None = None,
         num_microbatches: int | None = None,
-        devices: Sequence[jax.Device | Sharding] | None = None,
+        devices: Sequence[Any] | None = None,
         plan: Plan | Sequence[str] | None = None,
         eval_loss_fn: Callable[..., Any] | None = None,
         batch_axes: Any = 0,
@@ -203,7 +221,7 @@ class Pipeline:
             BrokenPipelineError: if an earlier step failed on a device.
         """
         prepared = self._ready()
-        self._check_state(state)
+        self._run_of(state)
         self._check_losses(state, at_most=self._allowed_ahead)
         feed = prepared.feed(batch)
         run = self._take(state)
@@ -220,7 +238,7 @@ class Pipeline:
         the pipeline then fills anew. `state` cannot be used again.
         """
         prepared = self._ready()
-        self._check_state(state)
+        self._run_of(state)
         self._check_losses(state, at_most=self._allowed_ahead)
         run = self._take(state)
         with self._breaking_on_errors(state.step):
@@ -232,10 +250,7 @@ class Pipeline:
 
         It reads every stage's newest weights, and changes nothing.
         """
-        prepared = self._ready()
-        self._check_state(state)
-        assert state._run is not None
-        return _as_metrics(*prepared.evaluate(state._run, batch))
+        return _as_metrics(*self._ready().evaluate(self._run_of(state), batch))
 
     # -------- what was learned
 
@@ -311,7 +326,9 @@ class Pipeline:
     def timeline(self) -> Timeline:
         """When every program ran during the last `record`."""
         if self._timeline is None:
-            raise ValueError("nothing was recorded; run some steps inside 'with pipe.record(state):'.")
+            raise ValueError(
+                "nothing was recorded; run some steps inside 'with pipe.record(state):'."
+            )
         return self._timeline
 
     # -------- looking after itself
@@ -332,22 +349,12 @@ class Pipeline:
             raise ValueError("call Pipeline.init(params, batch) before anything else.")
         return self._prepared
 
-    def _check_state(self, state: PipelineState) -> None:
+    def _run_of(self, state: PipelineState) -> Run:
         if not isinstance(state, PipelineState):
             raise ValueError(f"expected the state that init or step returned; got {type(state)}.")
         if state._owner is not self:
             raise ValueError("this state belongs to another Pipeline.")
-        if state._run is None:
-            raise ValueError(
-                f"this state (step {state.step}) was used before, and the step that used it "
-                "reused its memory. Go on with the state that it returned: "
-                "state, metrics = pipe.step(state, batch)."
-            )
-
-    def _run_of(self, state: PipelineState) -> Run:
-        self._check_state(state)
-        assert state._run is not None
-        return state._run
+        return state.run
 
     def _take(self, state: PipelineState) -> Run:
         run = self._run_of(state)
@@ -420,7 +427,7 @@ class _Origin:
         return cls(leaf.sharding if committed else None)
 
     def bring_back(self, value: jax.Array) -> jax.Array:
-        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended):
+        if is_key(value):
             return jax.device_put(value, self.sharding, may_alias=False)
         host = np.asarray(value)
         return jnp.array(host) if self.sharding is None else jax.device_put(host, self.sharding)
@@ -450,11 +457,11 @@ def _bytes(leaves: Values) -> int:
 def _choose_placements(
     schedule: str | Schedule,
     num_stages: int | None,
-    devices: Sequence[jax.Device | Sharding] | None,
+    devices: Sequence[Any] | None,
     plan: Plan | Sequence[str] | None,
 ) -> tuple[Sharding, ...]:
     """One placement for each stage, the first of the devices."""
-    wishes = {"num_stages": num_stages}
+    wishes: dict[str, int | None] = {"num_stages": num_stages}
     if isinstance(schedule, Schedule):
         wishes["the schedule"] = schedule.num_stages
     else:
@@ -491,7 +498,9 @@ def _choose_num_microbatches(schedule: str | Schedule, wish: int | None) -> int 
 
 
 def _for_each_stage(remat: Remat | Sequence[Remat], num_stages: int) -> tuple[Remat, ...]:
-    each = (remat,) * num_stages if isinstance(remat, str) or callable(remat) else tuple(remat)
+    each: tuple[Any, ...] = (remat,) * num_stages
+    if not isinstance(remat, str) and not callable(remat):
+        each = tuple(remat)
     if len(each) != num_stages:
         raise ValueError(f"remat has {len(each)} entries for {num_stages} stages.")
     for how in each:

@@ -10,6 +10,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         starts = self.first_layers
-        ascending = all(a < b for a, b in zip(starts, starts[1:], strict=False))
+        ascending = all(a < b for a, b in pairwise(starts))
         if not starts or starts[0] != 0 or not ascending or starts[-1] >= len(self.layers):
             raise ValueError(
                 f"stages begin at layers {list(starts)} of {len(self.layers)}; expected ascending "
@@ -121,7 +122,7 @@ def manual_plan(names: Sequence[str], work: Sequence[float], cuts: Sequence[str]
         ValueError: if a name is unknown or the names are not in the order of the layers.
     """
     starts = [0, *(_find_layer(names, cut) for cut in cuts)]
-    if any(a >= b for a, b in zip(starts, starts[1:], strict=False)):
+    if any(a >= b for a, b in pairwise(starts)):
         raise ValueError(
             f"the stages begin at {list(cuts)}, which are layers {starts[1:]} of the model; "
             "expected them in the model's order, and none at its first layer."
@@ -153,10 +154,7 @@ def _check_enough_layers(names: Sequence[str], num_stages: int) -> None:
 def _with_shares(names: tuple[str, ...], starts: tuple[int, ...], done: np.ndarray) -> Plan:
     bounds = [*starts, len(names)]
     total = done[-1] or 1.0
-    shares = tuple(
-        float((done[stop] - done[start]) / total)
-        for start, stop in zip(bounds, bounds[1:], strict=False)
-    )
+    shares = tuple(float((done[stop] - done[start]) / total) for start, stop in pairwise(bounds))
     return Plan(names, starts, shares)
 
 

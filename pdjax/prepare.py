@@ -5,16 +5,18 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Sharding
 
+from pdjax import jaxprs
 from pdjax.batches import (
     BatchSpec,
     check_structure,
@@ -24,15 +26,14 @@ from pdjax.batches import (
 )
 from pdjax.differentiate import Remat
 from pdjax.graph import LayerGraph, build_graph
-from pdjax.jaxprs import needed
 from pdjax.optimizer import UpdateSplit, init_program, split_update
 from pdjax.planner import Plan, balanced_plan, manual_plan
 from pdjax.program import Program
 from pdjax.runtime.evaluation import Evaluation
 from pdjax.runtime.executor import Executor, Feed, Run, StageState
+from pdjax.runtime.intake import Intake, Slicing
 from pdjax.runtime.passes import Passes
 from pdjax.runtime.placed import Values, placed
-from pdjax.runtime.stage import Slicing
 from pdjax.runtime.transport import LocalTransport
 from pdjax.runtime.update import UpdateRunner
 from pdjax.schedules import Schedule, find_algorithm, validate
@@ -140,10 +141,19 @@ class Prepared:
             self.schedule,
             self.rule,
             self._updates,
+            [
+                place(np.float32(self.schedule.num_microbatches), placement)
+                for placement in settings.placements
+            ],
             LocalTransport(),
             _average if settings.state_update == "minibatch" else None,
         )
-        self._intake = [placed(_same, placement) for placement in settings.placements]
+        # Under an asynchronous schedule a batch may be read after the step that brought it has
+        # returned, when its owner may have given its memory away.
+        self._intakes = [
+            Intake(placement, keeps_in_place=self.schedule.flushes)
+            for placement in settings.placements
+        ]
         self._passes[self._spec.signature] = self._compile(self._spec, self.split)
 
     # -------- tracing and compiling
@@ -176,15 +186,13 @@ class Prepared:
         return update
 
     def _update_runner(self, stage: int) -> UpdateRunner:
-        """The update of a stage; it may reuse the old weights if no backward pass still needs
-        them."""
+        """The update of a stage; it reuses the old weights if no backward pass still needs them."""
         workers = self.schedule.unroll(self.schedule.lag + 2)
         worker = workers[self.schedule.worker_of(stage)]
         return UpdateRunner(
             self.update,
             stage,
             self._settings.placements[stage],
-            self.schedule.num_microbatches,
             donate_weights=peak_versions(worker, stage, self.rule) == 1,
         )
 
@@ -201,7 +209,7 @@ class Prepared:
         )
         key = jax.ShapeDtypeStruct(jnp.shape(self._key), self._key.dtype)
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            done = [pool.submit(lower().compile) for lower in passes.lowerings(spec.shapes, key)]
+            done = [pool.submit(lower().compile) for lower in passes.lowerings(key)]
         for compiled in done:
             compiled.result()
         return passes
@@ -209,13 +217,15 @@ class Prepared:
     def _metric_axes(self, spec: BatchSpec, stages: StageSplit) -> tuple[int | None, ...]:
         """The axes along which metrics are concatenated: those that grow with the batch."""
         metrics = stages.traced.metrics
-        if self.schedule.num_microbatches == 1 or all(atom.aval.shape == () for atom in metrics):
+        if self.schedule.num_microbatches == 1 or all(
+            jaxprs.aval(atom).shape == () for atom in metrics
+        ):
             return (None,) * len(metrics)
         whole = jax.tree.unflatten(spec.tree, spec.shapes)
         traced = self._graph(self._settings.loss_fn, whole).traced
         return concatenation_axes(
-            [atom.aval for atom in metrics],
-            [atom.aval for atom in traced.metrics],
+            list(map(jaxprs.aval, metrics)),
+            list(map(jaxprs.aval, traced.metrics)),
             self.schedule.num_microbatches,
         )
 
@@ -258,16 +268,16 @@ class Prepared:
             mine = self.update.stages[stage]
             weights = tuple(place(leaves[i], placement) for i in mine.params)
             wanted = tuple(program.outvars[i] for i in mine.state)
-            kept = needed(program.equations, wanted)
+            kept = jaxprs.needed(program.equations, wanted)
             init = Program(tuple(program.equations[i] for i in kept), {"state": wanted})
             at_hand = dict(zip((program.invars[i] for i in mine.params), weights, strict=True))
             values = dict(zip(program.invars, leaves, strict=True)) | at_hand
             values |= zip(program.constvars, program.consts, strict=True)
             reads = init.reads
             make = placed(
-                lambda read, init=init, reads=reads: init.run(
-                    dict(zip(reads, read, strict=True))
-                )["state"],
+                lambda read, init=init, reads=reads: init.run(dict(zip(reads, read, strict=True)))[
+                    "state"
+                ],
                 placement,
             )
             model = {
@@ -275,9 +285,7 @@ class Prepared:
                 for i, (leaf, homes) in enumerate(zip(state, self.state_homes, strict=True))
                 if stage in homes
             }
-            stages.append(
-                StageState(weights, make(tuple(values[var] for var in reads)), model)
-            )
+            stages.append(StageState(weights, make(tuple(values[var] for var in reads)), model))
         return Run(stages)
 
     def feed(self, batch: Any) -> Feed:
@@ -290,31 +298,16 @@ class Prepared:
         passes = self._known[shapes]
         leaves = [own_copy(leaf) for leaf in leaves]
         moved = [
-            self._take_in(stage.index, [leaves[i] for i in stage.batch])
-            for stage in passes.split.stages
+            intake.take(leaves, stage.batch, passes.slicing)
+            for stage, intake in zip(passes.split.stages, self._intakes, strict=True)
         ]
         return Feed(passes, moved, self._keys)
-
-    def _take_in(self, stage: int, leaves: Sequence[Any]) -> Values:
-        """Batch leaves, where a stage reads them, for as long as it does.
-
-        An array that is in place already is used as it is under a synchronous schedule. Under an
-        asynchronous one it may be read after the step has returned, when its owner may have given
-        its memory away, so that the stage takes a copy.
-        """
-        placement = self._settings.placements[stage]
-        in_place = self.schedule.flushes and all(
-            isinstance(leaf, jax.Array) and leaf.sharding == placement for leaf in leaves
-        )
-        return tuple(leaves) if in_place else self._intake[stage](*leaves)
 
     def evaluate(self, run: Run, batch: Any) -> tuple[Any, Values, Any]:
         """Dispatches a forward pass; returns the loss, the metrics and their structure."""
         evaluation = self._evaluation_for(describe_batch(batch, self._settings.batch_axes))
         leaves = [own_copy(leaf) for leaf in jax.tree.leaves(batch)]
-        loss, metrics = evaluation.run(
-            self.weights(run), self.model(run), leaves, self._keys[0]
-        )
+        loss, metrics = evaluation.run(self.weights(run), self.model(run), leaves, self._keys[0])
         return loss, metrics, evaluation.metrics_tree
 
     def weights(self, run: Run) -> dict[int, Any]:
@@ -388,10 +381,6 @@ def _average(parts: Sequence[Values]) -> Values:
         else column[-1]
         for column in zip(*parts, strict=True)
     )
-
-
-def _same(*leaves: Any) -> Values:
-    return leaves
 
 
 def _describe(spec: BatchSpec) -> str:

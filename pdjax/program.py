@@ -29,7 +29,7 @@ class Program:
         outvars = [atom for group in self.outputs.values() for atom in group]
         return tuple(jaxprs.free_variables(self.equations, outvars))
 
-    def run(self, values: Mapping[Var, Any]) -> dict[str, tuple[Any, ...]]:
+    def run(self, values: Mapping[Any, Any]) -> dict[str, tuple[Any, ...]]:
         """Computes the outputs from the values of (at least) `reads`."""
         outvars = jaxprs.variables(atom for group in self.outputs.values() for atom in group)
         function = jaxprs.as_function(self.reads, self.equations, outvars)

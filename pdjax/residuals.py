@@ -101,9 +101,7 @@ class _Network:
         left.eliminate_zeros()
         reached = set(breadth_first_order(left, 0, return_predecessors=False).tolist())
         return {
-            var
-            for var, node in self.values.items()
-            if node in reached and node + 1 not in reached
+            var for var, node in self.values.items() if node in reached and node + 1 not in reached
         }
 
     def _matrix(self) -> csr_array:

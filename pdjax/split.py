@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from pdjax import jaxprs
 from pdjax.graph import LayerGraph
@@ -111,7 +112,7 @@ def split(graph: LayerGraph, first_layers: Sequence[int]) -> StageSplit:
 
 
 def _check_cuts(graph: LayerGraph, first_layers: Sequence[int]) -> None:
-    ascending = all(a < b for a, b in zip(first_layers, first_layers[1:], strict=False))
+    ascending = all(a < b for a, b in pairwise(first_layers))
     if not first_layers or first_layers[0] != 0 or not ascending:
         raise ValueError(
             f"a stage starts at each of the layers {list(first_layers)}; expected ascending "
@@ -200,7 +201,7 @@ class _Placer:
         results = results_of(self.traced)
         result_stages = [self._stage_of_result(atom) for atom in results]
         update_stages = self._state_writers()
-        wanted = [
+        wanted: list[tuple[Atom, int | None]] = [
             (atom, stage)
             for position, stage in self.stage_of.items()
             for atom in self.traced.equations[position].invars
@@ -370,9 +371,9 @@ def _carriers(traced: TracedLoss) -> frozenset[Var]:
     """The values that depend on a parameter, and the loss on them, in a differentiable way."""
     varied = set(traced.params)
     for equation in traced.equations:
-        if varied.intersection(jaxprs.variables(equation.invars)):
-            if not jaxprs.blocks_gradient(equation):
-                varied.update(var for var in equation.outvars if jaxprs.is_inexact(var))
+        reads_varied = varied.intersection(jaxprs.variables(equation.invars))
+        if reads_varied and not jaxprs.blocks_gradient(equation):
+            varied.update(var for var in equation.outvars if jaxprs.is_inexact(var))
     useful = set(jaxprs.variables([traced.loss]))
     for equation in reversed(traced.equations):
         if useful.intersection(equation.outvars) and not jaxprs.blocks_gradient(equation):

@@ -95,7 +95,7 @@ class TracedLoss:
         """The parameters that must be at hand to compute `atoms`: not reached by a summary."""
         found: set[Var] = set()
         seen: set[Var] = set()
-        pending = [atom for atom in jaxprs.variables(atoms)]
+        pending = jaxprs.variables(atoms)
         while pending:
             var = pending.pop()
             if var in seen or var in self.summaries or self.kind(var) is not Kind.PARAMETER:
@@ -264,9 +264,7 @@ def _check_differentiable(leaves: list[Any], names: tuple[str, ...]) -> None:
         raise ValueError("params holds no arrays; expected a pytree with at least one parameter.")
     for leaf, name in zip(leaves, names, strict=True):
         dtype = shape_of(leaf).dtype
-        if jax.dtypes.issubdtype(dtype, jax.dtypes.extended) or not jnp.issubdtype(
-            dtype, jnp.inexact
-        ):
+        if not jnp.issubdtype(dtype, jnp.inexact):
             raise ValueError(
                 f"parameter {name!r} has dtype {dtype}, which has no gradient. Move it out of "
                 "params: into the batch, a constant of the function, or model_state."
@@ -287,11 +285,11 @@ def _check_supported(program: FlatProgram) -> None:
 
 def _check_equal_state(new: Sequence[Atom], old: list[Any], names: tuple[str, ...]) -> None:
     for atom, leaf, name in zip(new, old, names, strict=True):
-        before = shape_of(leaf)
-        if (atom.aval.shape, atom.aval.dtype) != (before.shape, before.dtype):
+        before, after = shape_of(leaf), jaxprs.shape_of(atom)
+        if (after.shape, after.dtype) != (before.shape, before.dtype):
             raise ValueError(
                 f"model_state {name!r} goes in as {before.dtype}{list(before.shape)} and comes "
-                f"out as {atom.aval.str_short()}; expected the same shape and dtype."
+                f"out as {after.dtype}{list(after.shape)}; expected the same shape and dtype."
             )
 
 

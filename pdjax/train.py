@@ -62,9 +62,7 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
         nonfinite=config.nonfinite,
     )
     _describe(console, config, task)
-    batch = jax.tree.map(
-        lambda leaf: np.stack([leaf] * config.batch_size), task.dataset.train[0]
-    )
+    batch = jax.tree.map(lambda leaf: np.stack([leaf] * config.batch_size), task.dataset.train[0])
     with console.status("tracing and compiling"):
         state = pipe.init(
             task.params, batch, model_state=task.model_state, rng=jax.random.key(config.seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
@@ -26,9 +27,14 @@ def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
     """The shape and dtype that JAX gives to `leaf`: an array, a number or a shape."""
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         leaf = np.asarray(leaf)
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+    if is_key(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is a typed random key."""
+    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
 
 
 def own_copy(leaf: Any) -> Any:

@@ -1,8 +1,8 @@
 """Which version of the weights a pass reads.
 
 The schedule says *when* a stage computes, the weight rule *with which weights*. Version v of a
-stage's weights is what v updates have made of its initial weights, version 0. A rule is a value; the
-validator, the memory count and the executor read the same one. Nothing here imports JAX.
+stage's weights is what v updates have made of its initial weights, version 0. A rule is a value;
+the validator, the memory count and the executor read the same one. Nothing here imports JAX.
 """
 
 from __future__ import annotations

@@ -112,9 +112,7 @@ def test_equals_the_whole_minibatch_where_examples_are_independent(num_stages):
     """Without BatchNorm and dropout, microbatches are no more than a way to compute jax.grad."""
     case = case_of("mlp")
     batch = case.make_batch(12, 0)
-    pipe = pdjax.Pipeline(
-        case.loss_fn, optax.sgd(1.0), num_stages=num_stages, num_microbatches=3
-    )
+    pipe = pdjax.Pipeline(case.loss_fn, optax.sgd(1.0), num_stages=num_stages, num_microbatches=3)
     state, metrics = pipe.step(pipe.init(case.params, batch), batch)
     loss, grads = jax.value_and_grad(case.loss_fn)(case.params, batch, KEY)
     stepped = jax.tree.map(jnp.subtract, case.params, grads)
@@ -151,4 +149,4 @@ def test_dropout_masks_do_not_depend_on_stages_or_recomputation(num_stages, rema
     params, _ = oracle.replay_synchronous(
         case.loss_fn, optax.sgd(0.1), case.params, batches, 3, KEY
     )
-    chex.assert_trees_all_close(pipe.params(state), params, atol=2e-6)
+    chex.assert_trees_all_close(pipe.params(state), params, atol=2e-6, rtol=2e-5)

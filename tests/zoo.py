@@ -69,7 +69,7 @@ def _images(side: int) -> Callable[[int, int], Any]:
 
 def _classifier(model: Any, make_batch: Callable[[int, int], Any], train: bool) -> Case:
     example = make_batch(MICROBATCH, 0)
-    variables = jax.jit(model.init)(jax.random.key(0), example["x"])
+    variables = jax.jit(model.init)(jax.random.key(0, impl="unsafe_rbg"), example["x"])
     params, state = variables["params"], variables.get("batch_stats")
 
     def loss_of(logits: Any, batch: Any) -> Any:

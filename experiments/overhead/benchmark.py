@@ -68,9 +68,7 @@ def plain_step(optimizer, num_microbatches):
         if num_microbatches == 1:
             loss, grads = jax.value_and_grad(loss_fn)(params, batch, None)
         else:
-            parts = jax.tree.map(
-                lambda a: a.reshape(num_microbatches, -1, *a.shape[1:]), batch
-            )
+            parts = jax.tree.map(lambda a: a.reshape(num_microbatches, -1, *a.shape[1:]), batch)
 
             def one(total, part):
                 loss, grads = jax.value_and_grad(loss_fn)(params, part, None)
@@ -98,9 +96,7 @@ class Plain:
 class Hand:
     def __init__(self, params, optimizer, num_stages, num_microbatches):
         blocks = [params[f"block_{i}"] for i in range(NUM_BLOCKS)]
-        self.pipe = HandWritten(
-            block, blocks, mean_square, optimizer, num_stages, num_microbatches
-        )
+        self.pipe = HandWritten(block, blocks, mean_square, optimizer, num_stages, num_microbatches)
 
     def step(self, batch):
         losses = self.pipe.step(batch["x"], batch["y"])
@@ -125,7 +121,7 @@ class Ours:
         if self.state is None:
             self.state = self.pipe.init(self.params, batch)
         self.state, metrics = self.pipe.step(self.state, batch)
-        return [stage.weights for stage in self.state._run.stages], metrics["loss"]
+        return [stage.weights for stage in self.state.run.stages], metrics["loss"]
 
 
 def measure(systems, batch, turns, steps):

@@ -11,8 +11,8 @@ from jax.sharding import Sharding
 from pdjax.differentiate import forward_only
 from pdjax.jaxprs import Var
 from pdjax.runtime.passes import place_consts
-from pdjax.runtime.results import mean_of_results
 from pdjax.runtime.placed import Values, placed
+from pdjax.runtime.results import mean_of_results
 from pdjax.runtime.stage import OutputIndex
 from pdjax.split import StageSplit
 

@@ -9,8 +9,8 @@ it depends on which one that is:
     B   takes it out of the stash, adds to the stage's gradients, sends cotangents back
     U   applies the gradients
 
-A forward and a backward pass that follow each other on a stage that waits for no cotangent in between
-are one program, and so is the update if it follows them.
+A forward and a backward pass that follow each other on a stage that waits for no cotangent in
+between are one program, and so is the update if it follows them.
 """
 
 from __future__ import annotations
@@ -103,12 +103,12 @@ class Feed:
 
     Attributes:
         passes: the programs for minibatches of this shape.
-        batch: for each stage its batch leaves.
+        batch: for each stage and microbatch its batch leaves.
         keys: for each stage the base key.
     """
 
     passes: Passes
-    batch: Sequence[Values]
+    batch: Sequence[Sequence[Values]]
     keys: Sequence[Any]
 
 
@@ -150,6 +150,7 @@ class Executor:
         schedule: what to do in a step.
         rule: which weights a backward pass reads.
         updates: the update of each stage.
+        counts: for each stage the number of microbatches in a minibatch, as an array in place.
         transport: how values travel.
         average_state: averages the new values of a stage's mutable state over the microbatches of
             a minibatch; None to update it with every microbatch.
@@ -160,6 +161,7 @@ class Executor:
         schedule: Schedule,
         rule: WeightRule,
         updates: Sequence[UpdateRunner],
+        counts: Sequence[Any],
         transport: Transport,
         average_state: Callable[[Sequence[Values]], Values] | None = None,
     ) -> None:
@@ -168,6 +170,7 @@ class Executor:
         self._reach = schedule.lag * schedule.num_microbatches
         self._stashes = rule.backward == "stashed"
         self._updates = updates
+        self._counts = counts
         self._transport = transport
         self._average_state = average_state
         self._handlers: dict[InstructionKind, Callable[[_Step, int, int], Any]] = {
@@ -285,7 +288,6 @@ class Executor:
 
     def _apply_together(self, step: _Step, microbatch: int) -> None:
         """Runs the phases of an update in which the stages exchange values."""
-        divisor = self._divisor(step, microbatch)
         packs: list[dict[int, Pack]] = []
         for phase in range(self._updates[0].num_phases - 1):
             sent = {}
@@ -293,6 +295,7 @@ class Executor:
                 if update.sends(phase):
                     state = step.run.stages[stage]
                     received = _addressed(packs, update)
+                    divisor = self._divisor(step, stage, microbatch)
                     sent[stage] = update.phases[phase](
                         state.weights, state.optimizer, state.gradients, received, divisor
                     )
@@ -309,7 +312,7 @@ class Executor:
             state.optimizer,
             state.gradients,
             tuple(packs),
-            self._divisor(step, microbatch),
+            self._divisor(step, stage, microbatch),
         )
         state.gradients = None
         state.version += 1
@@ -326,14 +329,12 @@ class Executor:
         return Given(
             feed.passes.consts[stage] if reads.consts else (),
             state,
-            feed.batch[stage] if reads.batch else (),
+            feed.batch[stage][microbatch - step.first] if reads.batch else (),
             (feed.keys[stage],) if reads.key else (),
-            (np.uint32(microbatch),) if reads.number else (),
+            (np.uint32(microbatch),) if reads.key else (),
         )
 
-    def _received(
-        self, state: StageState, passes: Passes, stage: int, microbatch: int
-    ) -> Values:
+    def _received(self, state: StageState, passes: Passes, stage: int, microbatch: int) -> Values:
         box = state.inbox.pop(microbatch, {})
         return tuple(box[at] for at in range(len(passes.split.stages[stage].receives)))
 
@@ -392,14 +393,14 @@ class Executor:
             step.run.divisors[step.first] = combined[1]
         return combined
 
-    def _divisor(self, step: _Step, microbatch: int) -> Values:
-        """What the gradients of a minibatch with a weighted loss are divided by."""
+    def _divisor(self, step: _Step, stage: int, microbatch: int) -> Any:
+        """What the gradients of a minibatch are divided by: its microbatches, or its weight."""
         if step.feed and step.feed.passes.weighted and step.results is None:
             step.results = self._collect(step)
         if not step.run.divisors:
-            return ()
+            return self._counts[stage]
         m = self.schedule.num_microbatches
-        return (step.run.divisors[microbatch // m * m],)
+        return step.run.divisors[microbatch // m * m]
 
     def _count(self, state: StageState, extra: int) -> None:
         state.peak_in_flight = max(state.peak_in_flight, len(state.stash) + extra)

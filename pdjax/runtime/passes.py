@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,11 +11,12 @@ from jax.sharding import Sharding
 
 from pdjax.differentiate import Remat, StagePrograms, differentiate
 from pdjax.jaxprs import Var
-from pdjax.runtime.results import mean_of_results
+from pdjax.runtime.intake import Slicing
 from pdjax.runtime.placed import Values
-from pdjax.runtime.stage import Slicing, StageRunner
+from pdjax.runtime.results import mean_of_results
+from pdjax.runtime.stage import StageRunner
 from pdjax.runtime.update import UpdateRunner
-from pdjax.schedules import Action, Schedule, dispatch_order
+from pdjax.schedules import Schedule, dispatch_order
 from pdjax.split import StageSplit
 from pdjax.trees import place
 
@@ -52,6 +53,7 @@ class Passes:
         routes: for each stage where its outputs go.
         instructions: what to dispatch in a step, in order.
         consts: for each stage the closed-over arrays that it reads, in place.
+        slicing: how minibatches divide into microbatches.
         num_results: number of the loss function's results (loss, weight, metrics).
         constants: those of the results that are known beforehand, by position.
         combine: makes a minibatch's results out of those of its microbatches.
@@ -69,16 +71,16 @@ class Passes:
     ) -> None:
         self.split = split
         programs = [
-            differentiate(split, stage, how)
-            for stage, how in zip(split.stages, remat, strict=True)
+            differentiate(split, stage, how) for stage, how in zip(split.stages, remat, strict=True)
         ]
         self.stages = tuple(
-            StageRunner(program, placement, slicing, update)
+            StageRunner(program, placement, update)
             for program, placement, update in zip(programs, placements, updates, strict=True)
         )
         self.routes = tuple(_find_routes(stage, programs) for stage in range(len(programs)))
         self.instructions = _fuse(schedule, self._longest_fusions(schedule, updates))
         self.consts = place_consts(split, placements)
+        self.slicing = slicing
         self.num_results = len(split.results)
         self.constants = {
             at: np.asarray(atom.val)
@@ -116,22 +118,21 @@ class Passes:
         """Whether the loss has a weight."""
         return self.split.traced.weight is not None
 
-    def lowerings(self, batch: Sequence[Any], key: Any) -> Iterator[Callable[[], Any]]:
+    def lowerings(self, key: Any) -> Iterator[Callable[[], Any]]:
         """For each program that a step runs, a function that lowers it.
 
         Those that were compiled before are found again by `jax.jit`.
 
         Args:
-            batch: the shape of each batch leaf of a minibatch.
             key: the shape of the base key.
         """
         used = {(kind, stage) for kind, stage, _ in self.instructions}
-        accumulates = self.stages[0].slicing.num_microbatches > 1
+        accumulates = self.slicing.num_microbatches > 1
         for kind, stage in sorted(used):
             if kind == "U":
-                yield from self.stages[stage].update.lowerings(self.weighted)
+                yield from self.stages[stage].update.lowerings()
             else:
-                yield from self.stages[stage].lowerings(kind, batch, key, accumulates)
+                yield from self.stages[stage].lowerings(kind, key, accumulates)
 
 
 def place_consts(split: StageSplit, placements: Sequence[Sharding]) -> tuple[Values, ...]:
@@ -180,8 +181,14 @@ def _fuse(schedule: Schedule, fusions: Sequence[Fusion]) -> tuple[Instruction, .
 def _always_follow(schedule: Schedule, stage: int, kinds: Fusion) -> bool:
     """Whether every forward pass of `stage` is directly followed by the others of `kinds`."""
     worker = schedule.workers[schedule.worker_of(stage)]
+
+    def follow(at: int, microbatch: int) -> bool:
+        found = worker[at : at + len(kinds)]
+        same = all((a.stage, a.microbatch) == (stage, microbatch) for a in found)
+        return same and "".join(a.kind for a in found) == kinds
+
     return all(
-        worker[at : at + len(kinds)] == tuple(Action(k, stage, first.microbatch) for k in kinds)
+        follow(at, first.microbatch)
         for at, first in enumerate(worker)
         if first.kind == "F" and first.stage == stage
     )

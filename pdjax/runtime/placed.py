@@ -13,12 +13,16 @@ Values = tuple[Any, ...]
 
 
 def placed(
-    function: Callable[..., Any], placement: Sharding, donate: tuple[int, ...] = ()
+    function: Callable[..., Any],
+    placement: Sharding,
+    donate: tuple[int, ...] = (),
+    static: tuple[int, ...] = (),
 ) -> Any:
-    """`jax.jit` of a function that lives on one stage: it fetches its inputs and keeps its outputs."""
+    """`jax.jit` of a function that fetches its inputs to a place and leaves its outputs there."""
     return jax.jit(
         function,
         in_shardings=placement,
         out_shardings=placement,
         donate_argnums=donate,
+        static_argnums=static,
     )

@@ -1,11 +1,13 @@
 """Measures when the programs of a pipeline run.
 
-Dispatch returns at once, so the end of a program has to be waited for. A thread for each worker does
-so, in the order in which the worker runs its programs, while the main thread goes on dispatching.
+Dispatch returns at once, so the end of a program has to be waited for. A thread for each worker
+does so, in the order in which the worker runs its programs, while the main thread goes on
+dispatching.
 """
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -110,10 +112,8 @@ def _lasting(kind: InstructionKind, made: Any) -> Any:
 def _wait_for_each(waiting: queue.SimpleQueue[tuple[_Event, Any] | None]) -> None:
     while (item := waiting.get()) is not None:
         event, values = item
-        try:
+        with contextlib.suppress(Exception):  # the loss reports it; here only the time counts
             jax.block_until_ready(values)
-        except Exception:  # noqa: BLE001 - the loss reports it; here only the time counts
-            pass
         event.done_s = time.perf_counter()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
+from pdjax import jaxprs
 from pdjax.differentiate import StagePrograms
-from pdjax.jaxprs import Atom, Var
+from pdjax.jaxprs import Atom
 from pdjax.program import Program
 from pdjax.runtime.placed import Values, placed
 from pdjax.runtime.update import UpdateRunner
@@ -24,9 +24,9 @@ class Given(NamedTuple):
     Attributes:
         consts: the arrays that the loss function closed over.
         state: the mutable state.
-        batch: the batch leaves of the whole minibatch.
+        batch: the batch leaves of the microbatch.
         key: the base key.
-        number: the global number of the microbatch.
+        number: the global number of the microbatch, if the key is read.
     """
 
     consts: Values = ()
@@ -37,40 +37,15 @@ class Given(NamedTuple):
 
 
 class Reads(NamedTuple):
-    """Which groups of `Given` a pass reads. The others are left empty, so that nobody keeps them
-    alive."""
+    """Which groups of `Given` a pass reads.
+
+    The others are left empty, so that nobody keeps them alive.
+    """
 
     consts: bool
     state: bool
     batch: bool
     key: bool
-    number: bool
-
-    def pick(self, given: Given) -> Given:
-        """Leaves out of `given` what is not read."""
-        return Given(*(group if read else () for group, read in zip(given, self, strict=True)))
-
-
-@dataclass(frozen=True)
-class Slicing:
-    """How a microbatch is cut out of a minibatch.
-
-    Attributes:
-        num_microbatches: microbatches in a minibatch.
-        axes: for each batch leaf its batch axis, or None if every microbatch gets it whole.
-    """
-
-    num_microbatches: int
-    axes: tuple[int | None, ...]
-
-    def take(self, leaf: Any, index: int, number: Values) -> Any:
-        """The part of the batch leaf `index` that belongs to microbatch `number`."""
-        axis = self.axes[index]
-        if axis is None or self.num_microbatches == 1:
-            return leaf
-        size = leaf.shape[axis] // self.num_microbatches
-        start = (number[0] % self.num_microbatches).astype(jnp.int32) * size
-        return jax.lax.dynamic_slice_in_dim(leaf, start, size, axis)
 
 
 class StageRunner:
@@ -89,12 +64,9 @@ class StageRunner:
         self,
         programs: StagePrograms,
         placement: Sharding,
-        slicing: Slicing,
         update: UpdateRunner,
     ) -> None:
         self.programs = programs
-        self.placement = placement
-        self.slicing = slicing
         self.forward_outputs = OutputIndex(programs.forward)
         self.fused_outputs = OutputIndex(programs.fused)
         self.forward_reads = self._reads(programs.forward)
@@ -104,70 +76,67 @@ class StageRunner:
         self.backward = placed(self._backward, placement, donate=(4,))
         self.fused = placed(self._fused, placement, donate=(3,))
         self.update = update
-        self.whole = placed(self._whole, placement, donate=(0, 3) if update.donates_weights else (3,))
+        self.whole = placed(
+            self._whole, placement, donate=(0, 3) if update.donates_weights else (3,)
+        )
 
-    def lowerings(
-        self, kind: str, batch: Sequence[Any], key: Any, accumulates: bool
-    ) -> Iterator[Callable[[], Any]]:
+    def lowerings(self, kind: str, key: Any, accumulates: bool) -> Iterator[Callable[[], Any]]:
         """Functions that lower a pass for its first and, if it accumulates, further microbatches.
 
         Args:
             kind: ``"F"``, ``"B"``, ``"FB"`` or ``"FBU"``; any other kind has no program here.
-            batch: the shape of each batch leaf of a minibatch.
             key: the shape of the base key.
             accumulates: whether a minibatch has more than one microbatch.
         """
         shapes = {name: _shapes(group) for name, group in self.programs.inputs.items()}
-        weights = shapes["params"]
-        leaves = tuple(batch[i] for i in self.programs.stage.batch)
-        number = jax.ShapeDtypeStruct((), jnp.uint32)
-        given = Given(shapes["consts"], shapes["state"], leaves, (key,), (number,))
+        weights, received = shapes["params"], shapes["receives"]
         totals = (None, weights) if accumulates else (None,)
         if kind == "F":
-            reads = self.forward_reads.pick(given)
-            yield partial(self.forward.lower, weights, reads, shapes["receives"])
-        for total in totals if kind == "FB" else ():
-            reads = self.fused_reads.pick(given)
-            yield partial(self.fused.lower, weights, reads, shapes["receives"], total)
-        if kind == "FBU":
-            reads = self.fused_reads.pick(given)
-            state = self.update.state_shapes
-            yield partial(self.whole.lower, weights, reads, shapes["receives"], state)
-        for total in totals if kind == "B" else ():
-            reads = self.backward_reads.pick(given)
+            given = self._given_shapes(self.forward_reads, shapes, key)
+            yield partial(self.forward.lower, weights, given, received)
+        if kind == "B":
+            given = self._given_shapes(self.backward_reads, shapes, key)
             saved = _shapes(self.programs.forward.outputs["saved"])
-            cotangents = tuple(
-                _shapes([var]) * len(self.programs.stage.targets[at])
-                for var, at in zip(
-                    self.programs.cotangents, self.programs.gradient_sends, strict=True
-                )
-            )
-            yield partial(self.backward.lower, weights, reads, saved, cotangents, total)
+            for total in totals:
+                cotangents = self._cotangent_shapes()
+                yield partial(self.backward.lower, weights, given, saved, cotangents, total)
+        fused = self._given_shapes(self.fused_reads, shapes, key)
+        for total in totals if kind == "FB" else ():
+            yield partial(self.fused.lower, weights, fused, received, total)
+        if kind == "FBU":
+            yield partial(self.whole.lower, weights, fused, received, self.update.state_shapes)
+
+    def _given_shapes(self, reads: Reads, shapes: dict[str, Values], key: Any) -> Given:
+        number = jax.ShapeDtypeStruct((), jnp.uint32)
+        return Given(
+            shapes["consts"] if reads.consts else (),
+            shapes["state"] if reads.state else (),
+            shapes["batch"] if reads.batch else (),
+            (key,) if reads.key else (),
+            (number,) if reads.key else (),
+        )
+
+    def _cotangent_shapes(self) -> Values:
+        targets = self.programs.stage.targets
+        pairs = zip(self.programs.cotangents, self.programs.gradient_sends, strict=True)
+        return tuple(_shapes([var]) * len(targets[at]) for var, at in pairs)
 
     def _reads(self, program: Program) -> Reads:
         read = set(program.reads)
-        groups = {name: bool(read & set(group)) for name, group in self.programs.inputs.items()}
-        sliced = groups["batch"] and self.slicing.num_microbatches > 1
-        return Reads(
-            consts=groups["consts"],
-            state=groups["state"],
-            batch=groups["batch"],
-            key=groups["key"],
-            number=groups["key"] or sliced,
-        )
+        inputs = self.programs.inputs
+        return Reads(**{name: not read.isdisjoint(inputs[name]) for name in Reads._fields})
 
-    def _values(self, weights: Values, given: Given) -> dict[Var, Any]:
+    def _values(self, weights: Values, given: Given) -> dict[Atom, Any]:
         """The values of the stage's inputs other than those it receives."""
         inputs = self.programs.inputs
-        values = dict(zip(inputs["params"], weights, strict=True))
+        values: dict[Atom, Any] = {}
+        values |= zip(inputs["params"], weights, strict=True)
         if given.consts:
             values |= zip(inputs["consts"], given.consts, strict=True)
         if given.state:
             values |= zip(inputs["state"], given.state, strict=True)
         if given.batch:
-            indices = self.programs.stage.batch
-            for var, leaf, index in zip(inputs["batch"], given.batch, indices, strict=True):
-                values[var] = self.slicing.take(leaf, index, given.number)
+            values |= zip(inputs["batch"], given.batch, strict=True)
         if given.key:
             values[inputs["key"][0]] = jax.random.fold_in(given.key[0], given.number[0])
         return values
@@ -204,13 +173,14 @@ class StageRunner:
     def _whole(
         self, weights: Values, given: Given, received: Values, optimizer_state: Values
     ) -> tuple[Values, Values, Values, Values]:
+        """For a minibatch of one microbatch: its gradients are divided by one."""
         outputs, gradients, cotangents = self._fused(weights, given, received, None)
         weights, optimizer_state = self.update.whole(weights, optimizer_state, gradients)
         return outputs, weights, optimizer_state, cotangents
 
-    def _seed(self) -> dict[Var, Any]:
+    def _seed(self) -> dict[Atom, Any]:
         seed = self.programs.seed
-        return {} if seed is None else {seed: jnp.ones((), seed.aval.dtype)}
+        return {} if seed is None else {seed: jnp.ones((), jaxprs.aval(seed).dtype)}
 
 
 class OutputIndex:
@@ -243,7 +213,7 @@ class OutputIndex:
 
 
 def _shapes(group: Sequence[Atom]) -> Values:
-    return tuple(jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype) for atom in group)
+    return tuple(map(jaxprs.shape_of, group))
 
 
 def _total(parts: Sequence[Any]) -> Any:

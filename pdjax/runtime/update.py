@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from pdjax import jaxprs
-from pdjax.jaxprs import Var
+from pdjax.jaxprs import Atom
 from pdjax.optimizer import UpdateSplit
 from pdjax.runtime.placed import Values, placed
 
@@ -28,10 +28,9 @@ class UpdateRunner:
         sources: for each phase but the first the stages whose packs it needs.
         phases: ``phases[k](weights, state, gradients, packs, divisor)``; all but the last
             return a `Pack`, the last returns ``(weights, state)``. `packs` holds for each earlier
-            phase a pack of each source. The gradients are divided by `num_microbatches`, or by
-            what the tuple `divisor` holds if it is not empty. The last phase
-            reuses the memory of its state, and that of its weights if `donate_weights`, else of
-            its gradients.
+            phase a pack of each source. The gradients are divided by the scalar
+            `divisor`. The last phase reuses the memory of its state, and that of its weights if
+            `donate_weights`, else of its gradients.
     """
 
     def __init__(
@@ -39,13 +38,11 @@ class UpdateRunner:
         split: UpdateSplit,
         stage: int,
         placement: Sharding,
-        num_microbatches: int,
         *,
         donate_weights: bool,
     ) -> None:
         self._split = split
         self._stage = stage
-        self._num_microbatches = num_microbatches
         self._update = split.stages[stage]
         self.num_phases = len(self._update.phases)
         self.sources = tuple(
@@ -61,15 +58,11 @@ class UpdateRunner:
     def whole(self, weights: Values, state: Values, gradients: Values) -> tuple[Values, Values]:
         """The new weights and state, for use inside another program; only if there is one phase."""
         assert self.num_phases == 1
-        return self._phase(0)(weights, state, gradients, (), ())
+        return self._phase(0)(weights, state, gradients, (), 1.0)
 
-    def lowerings(self, weighted: bool) -> Iterator[Callable[[], Any]]:
-        """Functions that lower each phase.
-
-        Args:
-            weighted: whether the gradients are divided by a computed weight.
-        """
-        divisor = (jax.ShapeDtypeStruct((), jnp.float32),) if weighted else ()
+    def lowerings(self) -> Iterator[Callable[[], Any]]:
+        """Functions that lower each phase."""
+        divisor = jax.ShapeDtypeStruct((), jnp.float32)
         weights = _shapes(self._split.params, self._update.params)
         state = self.state_shapes
         packs: list[dict[int, Any]] = []
@@ -103,12 +96,12 @@ class UpdateRunner:
             state: Values,
             gradients: Values,
             packs: Sequence[dict[int, Pack]],
-            divisor: Values,
+            divisor: Any,
         ) -> Any:
-            values: dict[Var, Any] = dict(split.consts)
+            values: dict[Atom, Any] = {**split.consts}
             values |= zip((split.params[i] for i in update.params), weights, strict=True)
             values |= zip((split.state[i] for i in update.state), state, strict=True)
-            values |= self._gradients(gradients, *(divisor or (self._num_microbatches,)))
+            values |= self._gradients(gradients, divisor)
             values = self._receive(values, packs)
             made = program.run(values)
             if phase < self.num_phases - 1:
@@ -117,7 +110,7 @@ class UpdateRunner:
 
         return run
 
-    def _gradients(self, gradients: Values, divisor: Any) -> dict[Var, Any]:
+    def _gradients(self, gradients: Values, divisor: Any) -> dict[Atom, Any]:
         grads = (self._split.grads[i] for i in self._update.params)
         return {
             var: gradient / jnp.asarray(divisor, gradient.dtype)
@@ -125,10 +118,10 @@ class UpdateRunner:
         }
 
     def _receive(
-        self, values: dict[Var, Any], packs: Sequence[dict[int, Pack]]
-    ) -> dict[Var, Any]:
+        self, values: dict[Atom, Any], packs: Sequence[dict[int, Pack]]
+    ) -> dict[Atom, Any]:
         """Adds what other stages sent; gradients of tied parameters are summed in stage order."""
-        parts: dict[Var, dict[int, Any]] = {}
+        parts: dict[Atom, dict[int, Any]] = {}
         for phase, received in enumerate(packs):
             for source, message in received.items():
                 sent = self._split.stages[source].phases[phase].outputs["sends"]
@@ -154,23 +147,22 @@ def pack(values: Sequence[Any]) -> Pack:
     return tuple(jnp.concatenate(group) for group in small.values()), tuple(large)
 
 
-def unpack(message: Pack, variables: Sequence[Var]) -> Values:
+def unpack(message: Pack, variables: Sequence[Atom]) -> Values:
     """Undoes `pack` for values of the shapes of `variables`."""
     flat = {array.dtype: array for array in message[0]}
     offset = dict.fromkeys(flat, 0)
     large = iter(message[1])
     values = []
     for var in variables:
-        size, dtype = jaxprs.num_elements(var), var.aval.dtype
+        size, dtype = jaxprs.num_elements(var), jaxprs.aval(var).dtype
         if size > _PACKED:
             values.append(next(large))
         else:
             start = offset[dtype]
             offset[dtype] = start + size
-            values.append(flat[dtype][start : start + size].reshape(var.aval.shape))
+            values.append(flat[dtype][start : start + size].reshape(jaxprs.aval(var).shape))
     return tuple(values)
 
 
 def _shapes(variables: Sequence[Any], indices: Iterable[int]) -> Values:
-    avals = (variables[i].aval for i in indices)
-    return tuple(jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals)
+    return tuple(jaxprs.shape_of(variables[i]) for i in indices)

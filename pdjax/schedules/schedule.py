@@ -2,8 +2,8 @@
 
 A schedule is, for every worker, the list of its actions during one *step*: the time in which the
 training loop hands over one minibatch of m microbatches. Steps repeat for ever, so a microbatch is
-numbered relative to the first one of the step. A negative number reaches back: in PipeDream a worker
-runs, step after step,
+numbered relative to the first one of the step. A negative number reaches back: in PipeDream a
+worker runs, step after step,
 
     F0  B-2  U-2        the forward of the newcomer, the backward and update of the one before last
 

@@ -60,7 +60,9 @@ def dispatch_order(schedule: Schedule) -> tuple[Action, ...]:
                 order.append(action)
                 position[number] += 1
         if len(order) == before:
-            stuck = next(w[p] for w, p in zip(schedule.workers, position, strict=True) if p < len(w))
+            stuck = next(
+                w[p] for w, p in zip(schedule.workers, position, strict=True) if p < len(w)
+            )
             raise _failure(f"{stuck} waits for ever within a step", schedule.workers, stuck)
     return tuple(order)
 
@@ -122,7 +124,9 @@ def _check_updates(worker: Sequence[Action], workers: Workers) -> None:
             gradients.clear()
     for gradients in waiting.values():
         if gradients:
-            raise _failure(f"no update applies the gradient of {gradients[0]}", workers, gradients[0])
+            raise _failure(
+                f"no update applies the gradient of {gradients[0]}", workers, gradients[0]
+            )
 
 
 def _check_versions(worker: Sequence[Action], workers: Workers, rule: WeightRule) -> None:

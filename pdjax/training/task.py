@@ -63,7 +63,7 @@ def make_task(config: TrainConfig) -> Task:
         )
     model = spec.build(dataset.num_classes, **_read_fields(config.model_fields))
     example = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], dataset.train[0])
-    variables = jax.jit(model.init)({"params": jax.random.key(config.seed)}, example["x"])
+    variables = jax.jit(model.init)(_init_key(config.seed), example["x"])
     params, model_state = variables["params"], dict(variables)
     del model_state["params"]
     return Task(
@@ -76,6 +76,11 @@ def make_task(config: TrainConfig) -> Task:
     )
 
 
+def _init_key(seed: int) -> jax.Array:
+    """A key of an implementation for which many small initialisers compile quickly."""
+    return jax.random.key(seed, impl="rbg")
+
+
 def _loss(model: nn.Module, *, train: bool, stateful: bool) -> Callable[..., Any]:
     """The mean cross-entropy of the model's logits, with the accuracy as a metric."""
 
@@ -84,7 +89,8 @@ def _loss(model: nn.Module, *, train: bool, stateful: bool) -> Callable[..., Any
         return losses.mean(), {"accuracy": jnp.mean(logits.argmax(-1) == batch["y"])}
 
     def loss_fn(params: Any, batch: Any, rng: Any) -> Any:
-        logits = model.apply({"params": params}, batch["x"], train=train, rngs={"dropout": rng})
+        variables, rngs = {"params": params}, {"dropout": rng}
+        logits: Any = model.apply(variables, batch["x"], train=train, rngs=rngs)
         return score(logits, batch)
 
     def stateful_loss_fn(params: Any, model_state: Any, batch: Any, rng: Any) -> Any:
