@@ -26,6 +26,7 @@ from pdjax.jaxprs import Atom, Equation, FlatProgram, Var
 from pdjax.program import Program
 from pdjax.residuals import Repeatable, smallest_stash
 from pdjax.split import Stage, StageSplit
+from pdjax.unbundle import unbundle
 
 Remat = Literal["none", "full"] | Callable[..., Any]
 """What a backward pass computes again: ``"none"`` (nothing that costs), ``"full"`` (all of the
@@ -190,6 +191,9 @@ def _partition(
     needs = jaxprs.free_variables(second, gradients)
     residuals = [var for var in needs if var not in cotangents]
     first = [equation for equation in joint.equations if not _reads(equation, behind)]
+    first = unbundle(
+        first, [*inputs["state"], *inputs["batch"], *inputs["key"], *inputs["receives"]]
+    )
     at_hand = [var for name in _GROUPS if name != "receives" for var in inputs[name]]
     repeatable = _repeatable(first, inputs, remat)
     saved = smallest_stash(first, at_hand, inputs["receives"], residuals, repeatable)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ _CHEAP = frozenset(
     square squeeze stop_gradient sub transpose xor
     """.split()
 )
-_WRAPPERS = frozenset({"custom_jvp_call", "jit", "pjit"})
+_WRAPPERS = frozenset({"custom_jvp_call", "jit", "pjit", "cond"})
 _SHARDED = frozenset({"sharding_constraint", "reshard", "mesh_cast", "shard_map", "xla_pmap"})
 
 
@@ -155,6 +155,17 @@ def fresh(aval: Any) -> Var:
     return jex.Var(aval)
 
 
+def renamed(equation: Equation, names: Mapping[Var, Atom]) -> Equation:
+    """`equation` with other variables in the place of those in `names`."""
+
+    def other(atom: Any) -> Any:
+        return atom if isinstance(atom, jex.Literal) else names.get(atom, atom)
+
+    return equation.replace(
+        invars=list(map(other, equation.invars)), outvars=list(map(other, equation.outvars))
+    )
+
+
 def aval(atom: Atom) -> Any:
     """The abstract value of `atom`: its shape and dtype."""
     return atom.aval
@@ -194,7 +205,7 @@ def scope_path(equation: Equation) -> str:
     text = str(equation.source_info.name_stack)
     while (bare := re.sub(r"\b\w+\(([^()]*)\)", r"\1", text)) != text:
         text = bare
-    return text
+    return "/".join(part for part in text.split("/") if part)
 
 
 def is_inexact(atom: Atom) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-_SLACK = 1.05  # how much more than the best balance a stage may work for the sake of a narrow cut
+_SLACK = 1.1  # how much more than the best balance a stage may work for the sake of a narrow cut
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def balanced_plan(
 ) -> Plan:
     """Divides the layers so that the busiest stage has the least to do.
 
-    Among the divisions that come within 5 % of the best, the one that sends the fewest bytes.
+    Among the divisions that come within a tenth of the best, the one that sends the fewest bytes.
 
     Args:
         names: the names of the layers.

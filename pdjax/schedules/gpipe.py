@@ -8,9 +8,9 @@ def gpipe(num_stages: int, num_microbatches: int) -> Schedule:
 
     GPipe (arXiv 1811.06965, section 2.3 and figure 2c). With 3 stages and 3 microbatches::
 
-        worker 0: 0F0 0F1 0F2                 0B2 0B1 0B0 0U2
-        worker 1:     1F0 1F1 1F2         1B2 1B1 1B0 1U2
-        worker 2:         2F0 2F1 2F2 2B2 2B1 2B0 2U2
+        worker 0: 0F0 0F1 0F2                 0B2 0B1 0B0 0U0
+        worker 1:     1F0 1F1 1F2         1B2 1B1 1B0 1U0
+        worker 2:         2F0 2F1 2F2 2B2 2B1 2B0 2U0
 
     Synchronous: use it with the weight rule `LATEST`. All m microbatches are in flight at the
     peak. With equal stages the share of idle time is (n - 1) / (m + n - 1).
