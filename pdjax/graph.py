@@ -99,7 +99,7 @@ def build_graph(
     ]
     reads = [traced.wide_params(traced.equations[position].invars) for position in line]
     runs = _merge_runs(_find_runs(traced, line, reads))
-    _warn_of_loops(traced, line, reads)
+    _warn_of_loops(traced, line)
     return LayerGraph(traced, tuple(line), _describe(traced, line, reads, runs))
 
 
@@ -237,20 +237,24 @@ def _crossing_bytes(traced: TracedLoss, line: Sequence[int]) -> list[int]:
     return list(accumulate(steps))
 
 
-def _warn_of_loops(
-    traced: TracedLoss, line: Sequence[int], reads: Sequence[frozenset[Var]]
-) -> None:
-    for position, params in zip(line, reads, strict=True):
+def _warn_of_loops(traced: TracedLoss, line: Sequence[int]) -> None:
+    """Warns of each loop that takes its weights layer by layer from a stack."""
+    for position in line:
         equation = traced.equations[position]
         length = equation.params.get("length", 1)
-        if equation.primitive.name == "scan" and params and length > 1:
-            module = _common_module(
-                [traced.param_names[traced.params.index(var)] for var in params]
-            )
+        if equation.primitive.name != "scan" or length == 1:
+            continue
+        stacked = traced.wide_params(equation.invars[sum(jaxprs.scan_layout(equation)) :])
+        names = [
+            name
+            for var, name in zip(traced.params, traced.param_names, strict=True)
+            if var in stacked
+        ]
+        if names:
             warnings.warn(
-                f"{module!r} is a lax.scan over {length} layers, which pdjax places as one unit: "
-                "no cut can fall inside it. Write the layers out (a Python loop instead of "
-                "nn.scan) to let them be spread over stages.",
+                f"{_common_module(names)!r} is a lax.scan over {length} layers, which pdjax places "
+                "as one unit: no cut can fall inside it. Write the layers out (a Python loop "
+                "instead of nn.scan) to let them be spread over stages.",
                 PdjaxWarning,
-                stacklevel=2,
+                stacklevel=3,
             )

@@ -263,6 +263,21 @@ def subprograms(equation: Equation) -> list[Any]:
     return [getattr(inner, "jaxpr", inner) for inner in jex.jaxprs_in_params(equation.params)]
 
 
+def scan_layout(equation: Equation) -> tuple[int, int]:
+    """The numbers of constants and of carried values of a scan; the rest is scanned over.
+
+    The names of a scan's parameters differ between versions of JAX; the shapes tell as well:
+    what is scanned over has one axis less inside the loop than outside.
+    """
+    (body,) = subprograms(equation)
+
+    def same_rank(outer: Sequence[Atom], inner: Sequence[Atom]) -> int:
+        return sum(aval(a).ndim == aval(b).ndim for a, b in zip(outer, inner, strict=True))
+
+    num_carry = same_rank(equation.outvars, body.outvars)
+    return same_rank(equation.invars, body.invars) - num_carry, num_carry
+
+
 def unsupported(equation: Equation) -> str | None:
     """Says why pdjax cannot cut a program with this equation, or None if it can."""
     for effect in _effects(equation):

@@ -70,7 +70,7 @@ def functionalize(model: nnx.Module, loss_fn: Callable[..., Any]) -> Functional:
 
     def functional(params: Any, model_state: Any, batch: Any, rng: Any) -> Any:
         reseeded = _reseed(streams, rng)
-        module = nnx.merge(graph, params, reseeded, model_state)
+        module = nnx.merge(graph, params, reseeded, model_state, copy=True)
         result = loss_fn(module, batch, rng) if takes_key else loss_fn(module, batch)
         *_, new_state = nnx.split(module, nnx.Param, nnx.RngState, ...)
         if isinstance(result, tuple | list):

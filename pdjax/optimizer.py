@@ -26,8 +26,6 @@ from pdjax import jaxprs
 from pdjax.jaxprs import Equation, FlatProgram, Var
 from pdjax.program import Program
 
-_SMALL = 64  # elements up to which a value is sent about rather than computed in one place
-
 
 @dataclass(frozen=True, eq=False)
 class StageUpdate:
@@ -194,19 +192,23 @@ class _UpdatePlacer:
         return jaxprs.needed(self.program.equations, wanted)
 
     def _find_available(self) -> dict[Var, frozenset[int]]:
-        """For each value the stages that compute it.
+        """For each value the stages on which it may be computed.
 
-        Those that have all of its inputs; failing that, those that have its large inputs (the
-        small ones are sent to them); failing that, where it is small all over, every stage.
+        As long as it is made of what one stage has, that stage. A value that mixes stages is
+        computed where its arrays are, and the numbers that it takes besides are sent there; if it
+        is made of numbers alone, on every stage that wants it.
         """
         everywhere = frozenset(range(self.num_stages))
         available = dict(self.homes) | dict.fromkeys(self.program.constvars, everywhere)
+        mixed: set[Var] = set()
         for equation in self.program.equations:
             inputs = jaxprs.variables(equation.invars)
-            large = [var for var in inputs if jaxprs.num_elements(var) > _SMALL]
-            stages = _common(everywhere, [available[var] for var in inputs])
-            stages = stages or _common(everywhere, [available[var] for var in large])
-            stages = stages or available[max(large, key=jaxprs.num_elements)]
+            arrays = [var for var in inputs if jaxprs.num_elements(var) > 1]
+            stages = everywhere.intersection(*(available[var] for var in inputs))
+            if not stages or not mixed.isdisjoint(inputs):
+                mixed.update(equation.outvars)
+                stages = everywhere.intersection(*(available[var] for var in arrays))
+            stages = stages or available[max(arrays, key=jaxprs.num_elements)]
             available.update(dict.fromkeys(equation.outvars, stages))
         return available
 
@@ -311,10 +313,6 @@ class _UpdatePlacer:
                 f"{what}{name} on stage {source}"
             )
         return None
-
-
-def _common(everywhere: frozenset[int], groups: Sequence[frozenset[int]]) -> frozenset[int]:
-    return everywhere.intersection(*groups)
 
 
 def _slice(

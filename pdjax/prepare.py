@@ -235,8 +235,8 @@ class Prepared:
         return self._passes[self._spec.signature]
 
     def _passes_for(self, spec: BatchSpec) -> Passes:
+        check_structure(spec, self._spec)
         if spec.signature not in self._passes:
-            check_structure(spec, self._spec)
             _log.info("compiling for a new batch shape: %s", _describe(spec))
             graph = self._graph(self._settings.loss_fn, self._microbatch(spec))
             stages = split(graph, self.plan.first_layers_in(graph.names))
@@ -249,8 +249,8 @@ class Prepared:
         return self._passes[spec.signature]
 
     def _evaluation_for(self, spec: BatchSpec) -> Evaluation:
+        check_structure(spec, self._spec)
         if spec.signature not in self._evaluations:
-            check_structure(spec, self._spec)
             whole = jax.tree.unflatten(spec.tree, spec.shapes)
             graph = self._graph(self._settings.eval_loss_fn, whole)
             stages = split(graph, self.plan.first_layers_in(graph.names))

@@ -156,7 +156,7 @@ def trace_loss(
         if model_state is not None:
             arguments.insert(1, jax.tree.unflatten(state_tree, s))
         result = loss_fn(*arguments)
-        loss, new_state, metrics = _read_result(result, model_state, s)
+        loss, new_state, metrics = _read_result(result, model_state, weighted_loss)
         total, weight = _read_loss(loss, weighted_loss)
         metric_leaves, tree = jax.tree.flatten(metrics)
         outputs.metrics_tree = None if metrics is None else tree
@@ -210,15 +210,20 @@ def _take(items: Iterator[Any], count: int) -> tuple[Any, ...]:
     return tuple(next(items) for _ in range(count))
 
 
-def _read_result(result: Any, model_state: Any, old_leaves: list[Any]) -> tuple[Any, list, Any]:
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2
+
+
+def _read_result(result: Any, model_state: Any, weighted: bool) -> tuple[Any, list[Any], Any]:
     """Splits the function's result into (loss, leaves of the new state, metrics)."""
-    is_pair = isinstance(result, tuple | list) and len(result) == 2
+    is_pair = _is_pair(result)
     if model_state is None:
-        return (result[0], [], result[1]) if is_pair else (result, [], None)
+        has_metrics = is_pair and (not weighted or _is_pair(result[0]))
+        return (result[0], [], result[1]) if has_metrics else (result, [], None)
     tree = jax.tree.structure(model_state)
     if is_pair and jax.tree.structure(result[1]) == tree:
         return result[0], jax.tree.leaves(result[1]), None
-    if is_pair and isinstance(result[1], tuple | list) and len(result[1]) == 2:
+    if is_pair and _is_pair(result[1]):
         new_state, metrics = result[1]
         if jax.tree.structure(new_state) == tree:
             return result[0], jax.tree.leaves(new_state), metrics
@@ -230,10 +235,9 @@ def _read_result(result: Any, model_state: Any, old_leaves: list[Any]) -> tuple[
 
 def _read_loss(loss: Any, weighted: bool) -> tuple[Any, Any]:
     """Splits the loss into (value, weight), both checked to be real scalars."""
-    is_pair = isinstance(loss, tuple | list) and len(loss) == 2
-    if weighted and not is_pair:
+    if weighted and not _is_pair(loss):
         raise ValueError(
-            f"with weighted_loss=True the loss must be a pair (sum, weight); got {type(loss)}. "
+            "with weighted_loss=True the loss must be a pair (sum, weight); got one value. "
             "Return the sum over the examples and what to divide it by, or drop weighted_loss."
         )
     value, weight = loss if weighted else (loss, 1.0)

@@ -43,7 +43,7 @@ def unbundle(equations: Sequence[Equation], roots: Sequence[Var]) -> list[Equati
 def _separate_scan(equation: Equation, rooted: set[Var]) -> list[Equation] | None:
     closed = equation.params["jaxpr"]
     body = closed.jaxpr
-    num_consts, num_carry = _scan_layout(equation, body)
+    num_consts, num_carry = jaxprs.scan_layout(equation)
     loose = _independent(body, body.outvars, _free_inputs(body.invars, equation.invars, rooted))
     carried = set(body.invars[num_consts : num_consts + num_carry])
     wanted = [
@@ -65,21 +65,6 @@ def _separate_scan(equation: Equation, rooted: set[Var]) -> list[Equation] | Non
         return jax.lax.scan(one, (), rest[num_carry:], **loop)[1]
 
     return _with_own_equation(equation, wanted, run)
-
-
-def _scan_layout(equation: Equation, body: Any) -> tuple[int, int]:
-    """The numbers of constants and of carried values of a scan.
-
-    The names of its parameters differ between versions of JAX; the shapes tell as well: inside
-    the loop, what is scanned over has one axis less than outside.
-    """
-
-    def same_rank(outer: Sequence[Atom], inner: Sequence[Atom]) -> int:
-        pairs = zip(outer, inner, strict=True)
-        return sum(jaxprs.aval(a).ndim == jaxprs.aval(b).ndim for a, b in pairs)
-
-    num_carry = same_rank(equation.outvars, body.outvars)
-    return same_rank(equation.invars, body.invars) - num_carry, num_carry
 
 
 def _separate_cond(equation: Equation, rooted: set[Var]) -> list[Equation] | None:
@@ -105,7 +90,8 @@ _SEPARATORS: dict[str, Callable[[Equation, set[Var]], list[Equation] | None]] = 
 
 def _free_inputs(inner: Sequence[Var], outer: Sequence[Atom], rooted: set[Var]) -> set[Var]:
     """The inner inputs whose outer values depend on no root."""
-    return {var for var, atom in zip(inner, outer, strict=True) if atom not in rooted}
+    pairs = zip(inner, outer, strict=True)
+    return {var for var, atom in pairs if rooted.isdisjoint(jaxprs.variables([atom]))}
 
 
 def _independent(body: Any, outvars: Sequence[Atom], free: set[Var]) -> set[int]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from pdjax.schedules.schedule import Action
+if TYPE_CHECKING:  # the schedules themselves are made with the rules below
+    from pdjax.schedules.schedule import Action
 
 
 @dataclass(frozen=True)

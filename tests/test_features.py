@@ -143,7 +143,7 @@ def bf16_tree_and_l2() -> zoo.Case:
 
     def loss_fn(p, batch, rng):
         low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), p)
-        penalty = optax.global_norm(p) ** 2
+        penalty = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(p))
         x = batch["x"]
         for i in range(4):
             x = jnp.tanh(x @ low[f"w{i}"].T) * low["scale"]
@@ -248,14 +248,16 @@ def test_synchronous(feature, num_stages):
 def test_asynchronous(feature, num_stages):
     case = ANY_SCHEDULE[feature]()
     batches = [case.make_batch(2, seed) for seed in range(6)]
-    pipe = pdjax.Pipeline(case.loss_fn, optax.sgd(0.1), schedule="pipedream", num_stages=num_stages)
+    pipe = pdjax.Pipeline(
+        case.loss_fn, optax.sgd(0.02), schedule="pipedream", num_stages=num_stages
+    )
     state = pipe.init(case.params, batches[0], rng=KEY)
     for batch in batches:
         state, _ = pipe.step(state, batch)
     state = pipe.drain(state)
     params, _ = oracle.replay_asynchronous(
         case.loss_fn,
-        optax.sgd(0.1),
+        optax.sgd(0.02),
         case.params,
         batches,
         pipe.stage_of_parameters(),
@@ -294,7 +296,7 @@ def test_metrics_of_all_forms():
             "per_class": y.mean(0),
             "constant": 3.0,
             "labels": batch["y"],
-            "norm": optax.global_norm(params),
+            "norm": jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))),
         }
         return jnp.mean((y - batch["y"]) ** 2), report
 

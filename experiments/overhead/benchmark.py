@@ -21,12 +21,12 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 4)
 
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-from hand_written import HandWritten  # noqa: E402
+import jax.numpy as jnp
+import numpy as np
+import optax
+from hand_written import HandWritten
 
-import pdjax  # noqa: E402
+import pdjax
 
 NUM_BLOCKS = 8
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import jax
@@ -26,3 +27,8 @@ def placed(
         donate_argnums=donate,
         static_argnums=static,
     )
+
+
+def total(parts: Sequence[Any]) -> Any:
+    """The sum of what several stages send, in the order given; of one part the part itself."""
+    return reduce(lambda sum_so_far, part: sum_so_far + part, parts)

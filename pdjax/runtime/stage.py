@@ -14,7 +14,7 @@ from pdjax import jaxprs
 from pdjax.differentiate import StagePrograms
 from pdjax.jaxprs import Atom
 from pdjax.program import Program
-from pdjax.runtime.placed import Values, placed
+from pdjax.runtime.placed import Values, placed, total
 from pdjax.runtime.update import UpdateRunner
 
 
@@ -157,7 +157,7 @@ class StageRunner:
         programs = self.programs
         values = self._values(weights, given)
         values |= zip(programs.forward.outputs["saved"], saved, strict=True)
-        values |= zip(programs.cotangents, map(_total, cotangents), strict=True)
+        values |= zip(programs.cotangents, map(total, cotangents), strict=True)
         made = programs.backward.run(values | self._seed())
         return _accumulate(gradients, made["params"]), made["receives"]
 
@@ -214,14 +214,6 @@ class OutputIndex:
 
 def _shapes(group: Sequence[Atom]) -> Values:
     return tuple(map(jaxprs.shape_of, group))
-
-
-def _total(parts: Sequence[Any]) -> Any:
-    """The sum of the cotangents that several stages send back for one value."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
 
 
 def _accumulate(total: Values | None, new: Values) -> Values:

@@ -13,7 +13,7 @@ from jax.sharding import Sharding
 from pdjax import jaxprs
 from pdjax.jaxprs import Atom
 from pdjax.optimizer import UpdateSplit
-from pdjax.runtime.placed import Values, placed
+from pdjax.runtime.placed import Values, placed, total
 
 _PACKED = 64  # elements up to which values travel together in one array
 
@@ -131,7 +131,7 @@ class UpdateRunner:
         for var, received in parts.items():
             if var in values:
                 received = {**received, self._stage: values[var]}
-            values[var] = sum(received[source] for source in sorted(received))
+            values[var] = total([received[source] for source in sorted(received)])
         return values
 
 

@@ -1,0 +1,49 @@
+"""Timelines as values, and their pictures."""
+
+from __future__ import annotations
+
+import pytest
+
+from pdjax.figures import save_timeline
+from pdjax.timeline import Span, Timeline
+
+
+def timeline() -> Timeline:
+    spans = [
+        Span(0, "F", 0, 0, 5.0, 6.0),
+        Span(1, "FB", 1, 0, 6.0, 8.0),
+        Span(0, "B", 0, 0, 8.0, 9.0),
+        Span(0, "U", 0, 0, 9.0, 9.0),
+        Span(1, "U", 1, 0, 8.0, 9.0),
+    ]
+    return Timeline.of("example", 2, spans)
+
+
+def test_figures():
+    value = timeline()
+    assert value.spans[0].start_s == 0
+    assert value.makespan_s == 4
+    assert [value.busy_s(worker) for worker in range(2)] == [2, 3]
+    assert value.idle_share == pytest.approx(3 / 8)
+
+
+def test_text_and_json():
+    value = timeline()
+    assert "worker 0: 0F0 0B0 0U0" in str(value)
+    assert Timeline.from_json(value.to_json()) == value
+
+
+def test_empty():
+    assert Timeline("nothing", 1, ()).idle_share == 0
+
+
+def test_a_span_that_ends_before_it_starts():
+    with pytest.raises(ValueError, match="before it starts"):
+        Span(0, "F", 0, 0, 2.0, 1.0)
+
+
+@pytest.mark.parametrize(("suffix", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
+def test_pictures(tmp_path, suffix, magic):
+    path = tmp_path / f"timeline.{suffix}"
+    save_timeline(timeline(), path)
+    assert path.read_bytes().startswith(magic)
