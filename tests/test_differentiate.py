@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ WIDTH, ROWS = 32, 2
 WEIGHT_BYTES = WIDTH * WIDTH * 2  # of the smallest copy of one weight there could be, in bf16
 
 
-def programs(loss_fn, params, starts=(0, 2, 4), stage=1, remat="none") -> StagePrograms:
+def programs(loss_fn, params, starts=(0, 2, 4), stage=1, remat: Any = "none") -> StagePrograms:
     batch = np.ones((ROWS, WIDTH), np.float32)
     stages = split(build_graph(loss_fn, params, batch, KEY), starts)
     return differentiate(stages, stages.stages[stage], remat)

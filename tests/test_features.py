@@ -380,7 +380,7 @@ def test_batches_that_are_trees_and_leaves_without_batch_axis():
 
     flat = case.make_batch(6, 0)
     batch = {
-        "inputs": (flat["x"], np.float32([1.0, 0.5, 2.0, 1.0])),
+        "inputs": (flat["x"], np.array([1.0, 0.5, 2.0, 1.0], np.float32)),
         "more": [{"y": np.ascontiguousarray(flat["y"].T)}],
     }
     pipe = pdjax.Pipeline(

@@ -33,9 +33,9 @@ def compilations():
     counted: list[str] = []
     active = [True]
 
-    def listen(name: str, **_: Any) -> None:
-        if active[0] and name.endswith("compile_requests_use_cache"):
-            counted.append(name)
+    def listen(event: str, **_: Any) -> None:
+        if active[0] and event.endswith("compile_requests_use_cache"):
+            counted.append(event)
 
     jax.monitoring.register_event_listener(listen)
     yield counted

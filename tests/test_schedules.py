@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pdjax import schedules
 from pdjax.schedules import ALGORITHMS, Action, Schedule, ScheduleError, dispatch_order, validate
-from pdjax.schedules.schedule import draw
+from pdjax.schedules.schedule import draw, inputs_of
 from pdjax.weights import (
     LATEST,
     STASH,
@@ -100,11 +100,7 @@ def test_time_with_backward_twice_as_long(name, num_stages, num_microbatches):
         for worker, actions in enumerate(schedule.workers):
             while position[worker] < len(actions):
                 action = actions[position[worker]]
-                needs = [
-                    need
-                    for need in schedules.schedule.inputs_of(action, num_stages)
-                    if action.kind != "U"
-                ]
+                needs = [need for need in inputs_of(action, num_stages) if action.kind != "U"]
                 if any(need not in ends for need in needs):
                     break
                 start = max([free[worker], *(ends[need] for need in needs)])
@@ -128,7 +124,7 @@ def test_dispatch_keeps_the_workers_order_and_needs_nothing_of_the_future(name, 
         for action in order:
             absolute = action.shifted(step * num_microbatches)
             if absolute.microbatch >= 0:
-                needs = set(schedules.schedule.inputs_of(absolute, num_stages))
+                needs = set(inputs_of(absolute, num_stages))
                 assert needs <= done
                 done.add(absolute)
 

@@ -1,5 +1,7 @@
 """A Linen training loop through a pipeline of two stages; run it with python."""
 
+from typing import Any
+
 import jax
 
 jax.config.update("jax_num_cpu_devices", 2)  # only on a CPU: two devices to play with
@@ -20,7 +22,7 @@ class Classifier(nn.Module):
 
 
 def loss_fn(params, batch, rng):
-    logits = model.apply(params, batch["x"])
+    logits: Any = model.apply(params, batch["x"])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
     return losses.mean(), {"accuracy": (logits.argmax(-1) == batch["y"]).mean()}
 
