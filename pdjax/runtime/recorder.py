@@ -69,7 +69,7 @@ class Recorder:
             waiting.put(None)
         for thread in self._threads:
             thread.join()
-        first = min((e.microbatch for e in self._events if e.kind.startswith("F")), default=0)
+        first = min((event.microbatch for event in self._events), default=0)
         ends = {(e.kind, e.stage, e.microbatch): e.done_s for e in self._events}
         free_at = [0.0] * len(self._schedule.workers)
         spans = []
