@@ -120,8 +120,8 @@ class Pipeline:
         state_update: whether the mutable state changes with every ``"microbatch"``, in order, or
             once a ``"minibatch"``, by the mean of what its microbatches make of it (as GPipe
             keeps the moving averages of BatchNorm).
-        run_ahead: how many steps may be dispatched before the loss of the first of them must be
-            there; that step's loss is then checked. If not given, 2, or under asynchronous
+        run_ahead: how many steps may be outstanding: before the next one is dispatched, the loss
+            of the oldest is waited for and checked. If not given, 2, or under asynchronous
             schedules the number of stages and 1.
         nonfinite: ``"raise"`` to stop with `NonFiniteLossError` when a loss is NaN or infinite,
             or ``"ignore"``.
@@ -222,7 +222,7 @@ class Pipeline:
         """
         prepared = self._ready()
         self._run_of(state)
-        self._check_losses(state, at_most=self._allowed_ahead)
+        self._check_losses(state)
         feed = prepared.feed(batch)
         run = self._take(state)
         with self._breaking_on_errors(state.step):
@@ -239,7 +239,7 @@ class Pipeline:
         """
         prepared = self._ready()
         self._run_of(state)
-        self._check_losses(state, at_most=self._allowed_ahead)
+        self._check_losses(state)
         run = self._take(state)
         with self._breaking_on_errors(state.step):
             prepared.executor.drain(run)
@@ -361,10 +361,10 @@ class Pipeline:
         state._run = None
         return run
 
-    def _check_losses(self, state: PipelineState, at_most: int) -> None:
-        """Waits until no more than `at_most` losses are outstanding, and looks at those there."""
+    def _check_losses(self, state: PipelineState) -> None:
+        """Looks at the losses that are there; waits for some if too many are outstanding."""
         losses = state._losses
-        while losses and (len(losses) >= at_most + 1 or losses[0][1].is_ready()):
+        while losses and (len(losses) >= self._allowed_ahead or losses[0][1].is_ready()):
             step, loss = losses[0]
             with self._breaking_on_errors(step):
                 value = float(loss)

@@ -24,6 +24,15 @@ def microbatch(batch: Any, index: int, num_microbatches: int) -> Any:
     return jax.tree.map(part, batch)
 
 
+def _value_and_grad(loss_fn: Callable[..., Any], model_state: Any) -> Callable[..., Any]:
+    """(params, state, batch, key) -> (loss, new state), gradient; also for a loss without state."""
+    if model_state is not None:
+        return jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+    return jax.jit(
+        jax.value_and_grad(lambda p, _, batch, key: (loss_fn(p, batch, key), None), has_aux=True)
+    )
+
+
 def replay_synchronous(
     loss_fn: Callable[..., Any],
     optimizer: optax.GradientTransformation,
@@ -31,22 +40,27 @@ def replay_synchronous(
     batches: Sequence[Any],
     num_microbatches: int,
     key: Any,
-) -> tuple[Any, list[Any]]:
-    """The mean gradient over microbatches, applied once a minibatch: (parameters, losses)."""
-    grad = jax.jit(jax.value_and_grad(loss_fn))
+    model_state: Any = None,
+) -> tuple[Any, list[Any], Any]:
+    """The mean gradient over microbatches, applied once a minibatch, the state threaded in order.
+
+    Returns (parameters, losses, state).
+    """
+    grad = _value_and_grad(loss_fn, model_state)
     state, losses, count = optimizer.init(params), [], 0
     for batch in batches:
-        total, loss_sum = None, 0.0
+        parts = []
         for index in range(num_microbatches):
             part = microbatch(batch, index, num_microbatches)
-            loss, gradient = grad(params, part, jax.random.fold_in(key, count))
-            total = gradient if total is None else jax.tree.map(jax.numpy.add, total, gradient)
-            loss_sum, count = loss_sum + loss, count + 1
-        mean = jax.tree.map(lambda leaf: leaf / num_microbatches, total)
+            mine = jax.random.fold_in(key, count)
+            (loss, model_state), gradient = grad(params, model_state, part, mine)
+            parts.append((loss, gradient))
+            count += 1
+        loss, mean = jax.tree.map(lambda *leaves: sum(leaves) / num_microbatches, *parts)
         updates, state = optimizer.update(mean, state, params)
         params = optax.apply_updates(params, updates)
-        losses.append(loss_sum / num_microbatches)
-    return params, losses
+        losses.append(loss)
+    return params, losses, model_state
 
 
 def replay_asynchronous(
@@ -58,14 +72,15 @@ def replay_asynchronous(
     num_stages: int,
     key: Any,
     drains: Sequence[int] = (),
-) -> tuple[Any, list[Any]]:
-    """PipeDream with weight stashing: (parameters, losses).
+    model_state: Any = None,
+) -> tuple[Any, list[Any], Any]:
+    """PipeDream with weight stashing: (parameters, losses, state).
 
     Minibatch b, counted from the last drain, uses on stage s the version u + max(0, b - W) for
     W = num_stages - 1 - s and u the updates at that drain; the gradient of every minibatch is
     applied to the newest version, in order. A drain comes before each minibatch in `drains`.
     """
-    grad = jax.jit(jax.value_and_grad(loss_fn))
+    grad = _value_and_grad(loss_fn, model_state)
     versions, state, losses, start = [params], optimizer.init(params), [], 0
     for index, batch in enumerate(batches):
         if index in drains:
@@ -76,8 +91,9 @@ def replay_asynchronous(
             return leaves[since + max(0, now - since - warm_up)]
 
         mixed = jax.tree.map(used, stage_of, *versions)
-        loss, gradient = grad(mixed, batch, jax.random.fold_in(key, index))
+        mine = jax.random.fold_in(key, index)
+        (loss, model_state), gradient = grad(mixed, model_state, batch, mine)
         updates, state = optimizer.update(gradient, state, versions[-1])
         versions.append(optax.apply_updates(versions[-1], updates))
         losses.append(loss)
-    return versions[-1], losses
+    return versions[-1], losses, model_state

@@ -24,6 +24,7 @@ CASES: dict[str, Any] = {
     "transformer": zoo.transformer,
     "mlp": zoo.mlp,
     "vgg16": zoo.vgg,
+    "vgg16_bn": lambda: zoo.vgg(batch_norm=True),
     "dropout": lambda: zoo.dense_blocks(dropout=0.2),
     "skip": lambda: zoo.dense_blocks(l2=0.01),
 }
@@ -44,7 +45,7 @@ def test_equals_the_replay_oracle(name, num_stages, optimizer, drains):
     pipe = pdjax.Pipeline(
         case.loss_fn, OPTIMIZERS[optimizer], schedule="pipedream", num_stages=num_stages
     )
-    state = pipe.init(case.params, batches[0], rng=KEY)
+    state = pipe.init(case.params, batches[0], model_state=case.model_state, rng=KEY)
     losses = []
     for index, batch in enumerate(batches):
         if index in drains:
@@ -52,7 +53,7 @@ def test_equals_the_replay_oracle(name, num_stages, optimizer, drains):
         state, metrics = pipe.step(state, batch)
         losses.append(metrics["loss"])
     state = pipe.drain(state)
-    params, expected_losses = oracle.replay_asynchronous(
+    params, expected_losses, model_state = oracle.replay_asynchronous(
         case.loss_fn,
         OPTIMIZERS[optimizer],
         case.params,
@@ -61,9 +62,11 @@ def test_equals_the_replay_oracle(name, num_stages, optimizer, drains):
         num_stages,
         KEY,
         drains,
+        case.model_state,
     )
     chex.assert_trees_all_close(losses, expected_losses, atol=1e-5, rtol=1e-5)
     chex.assert_trees_all_close(pipe.params(state), params, atol=2e-5, rtol=1e-4)
+    chex.assert_trees_all_close(pipe.model_state(state), model_state, atol=1e-5, rtol=1e-4)
     _check_memory(pipe, state, num_stages, drains)
 
 

@@ -235,7 +235,7 @@ def test_synchronous(feature, num_stages):
     for batch in batches:
         state, metrics = pipe.step(state, batch)
         losses.append(metrics["loss"])
-    params, expected = oracle.replay_synchronous(
+    params, expected, _ = oracle.replay_synchronous(
         case.loss_fn, optax.sgd(0.2), case.params, batches, 3, KEY
     )
     low = "bf16" in feature
@@ -255,7 +255,7 @@ def test_asynchronous(feature, num_stages):
     for batch in batches:
         state, _ = pipe.step(state, batch)
     state = pipe.drain(state)
-    params, _ = oracle.replay_asynchronous(
+    params, _, _ = oracle.replay_asynchronous(
         case.loss_fn,
         optax.sgd(0.02),
         case.params,
@@ -353,12 +353,12 @@ def test_weighted_loss(schedule):
         losses.append(metrics["loss"])
     state = pipe.drain(state)
     if schedule == "one_f_one_b":
-        params, expected = oracle.replay_synchronous(
+        params, expected, _ = oracle.replay_synchronous(
             plain, optax.sgd(0.05), case.params, batches, 1, KEY
         )
     else:
         stages = pipe.stage_of_parameters()
-        params, expected = oracle.replay_asynchronous(
+        params, expected, _ = oracle.replay_asynchronous(
             plain, optax.sgd(0.05), case.params, batches, stages, 2, KEY
         )
     chex.assert_trees_all_close(losses, expected, rtol=1e-5)

@@ -67,7 +67,7 @@ def run(case: zoo.Case, optimizer: Any, num_stages: int, **options: Any) -> tupl
     state = pipe.init(case.params, batches[0], rng=KEY)
     for batch in batches:
         state, _ = pipe.step(state, batch)
-    params, _ = oracle.replay_synchronous(case.loss_fn, optimizer, case.params, batches, 2, KEY)
+    params, _, _ = oracle.replay_synchronous(case.loss_fn, optimizer, case.params, batches, 2, KEY)
     return pipe.params(state), params
 
 
@@ -158,7 +158,7 @@ def test_asynchronous_schedules_take_what_does_not(name):
     for batch in batches:
         state, _ = pipe.step(state, batch)
     state = pipe.drain(state)
-    params, _ = oracle.replay_asynchronous(
+    params, _, _ = oracle.replay_asynchronous(
         case.loss_fn, optimizer, case.params, batches, pipe.stage_of_parameters(), 3, KEY
     )
     chex.assert_trees_all_close(pipe.params(state), params, atol=5e-6, rtol=1e-5)

@@ -123,33 +123,38 @@ def test_the_parameters_handed_out_are_left_alone():
     chex.assert_trees_all_equal(before, copy)
 
 
-def test_a_step_returns_before_the_devices_are_done():
-    """The first stage multiplies large matrices for a while."""
+def busy(num_products: int, **options: Any) -> tuple[pdjax.Pipeline, Any, Any]:
+    """A pipeline whose first stage multiplies large matrices for a while."""
 
     def loss_fn(p, batch, rng):
         x = jnp.tanh(batch["x"] @ p["w0"])
         large = jnp.full((1024, 1024), x.mean())
-        large = jax.lax.fori_loop(0, 30, lambda _, y: jnp.sin(y @ y), large)
+        large = jax.lax.fori_loop(0, num_products, lambda _, y: jnp.sin(y @ y), large)
         x = x + jax.lax.stop_gradient(large.mean())
         return jnp.mean((x @ p["w1"]) ** 2)
 
     params = {"w0": np.ones((4, 4), np.float32), "w1": np.ones((4, 4), np.float32)}
     batch = zoo.dense_blocks().make_batch(4, 0)
-    pipe = pdjax.Pipeline(loss_fn, optax.sgd(0.1), num_stages=2, num_microbatches=1)
-    state = pipe.init(params, batch)
+    pipe = pdjax.Pipeline(loss_fn, optax.sgd(0.1), num_stages=2, num_microbatches=1, **options)
+    return pipe, pipe.init(params, batch), batch
+
+
+def test_a_step_returns_before_the_devices_are_done():
+    pipe, state, batch = busy(num_products=30)
     state, metrics = pipe.step(state, batch)
     assert not metrics["loss"].is_ready()
     assert np.isfinite(float(metrics["loss"]))
 
 
-def test_run_ahead_is_bounded():
-    """With run_ahead=1 a step waits for the loss of the step before it."""
-    pipe, state, batch = make(run_ahead=1)
-    losses = []
-    for _ in range(4):
+@pytest.mark.parametrize("run_ahead", [1, 2, 3])
+def test_run_ahead_is_bounded(run_ahead):
+    pipe, state, batch = busy(num_products=10, run_ahead=run_ahead)
+    losses, outstanding = [], []
+    for _ in range(6):
         state, metrics = pipe.step(state, batch)
-        assert all(loss.is_ready() for loss in losses)
         losses.append(metrics["loss"])
+        outstanding.append(sum(not loss.is_ready() for loss in losses))
+    assert max(outstanding) == run_ahead
 
 
 def test_two_models_in_a_row():
@@ -261,11 +266,11 @@ def test_a_new_batch_shape_is_traced_again_and_said_once(schedule, caplog):
             state, _ = pipe.step(state, batch)
         state = pipe.drain(state)
     if schedule == "one_f_one_b":
-        params, _ = oracle.replay_synchronous(
+        params, _, _ = oracle.replay_synchronous(
             case.loss_fn, optax.sgd(0.1), case.params, batches, 2, KEY
         )
     else:
-        params, _ = oracle.replay_asynchronous(
+        params, _, _ = oracle.replay_asynchronous(
             case.loss_fn,
             optax.sgd(0.1),
             case.params,
@@ -479,7 +484,7 @@ def test_a_schedule_written_by_hand_is_run_as_it_stands():
     for s in range(2):
         mine = [f"{stage}{kind}{k}" for kind, stage, k in seen if stage == s]
         assert mine == [str(a) for a in workers[s]]
-    params, _ = oracle.replay_synchronous(
+    params, _, _ = oracle.replay_synchronous(
         case.loss_fn, optax.sgd(0.1), case.params, [batch], 3, KEY
     )
     chex.assert_trees_all_close(pipe.params(state), params, atol=2e-6)

@@ -192,7 +192,7 @@ def test_any_schedule_of_any_model(specs, schedule, num_stages, num_microbatches
     state = pipe.init(case.params, batches[0], rng=KEY)
     for batch in batches:
         state, _ = pipe.step(state, batch)
-    params, _ = oracle.replay_synchronous(
+    params, _, _ = oracle.replay_synchronous(
         case.loss_fn, optax.sgd(0.1), case.params, batches, num_microbatches, KEY
     )
     chex.assert_trees_all_close(pipe.params(state), params, atol=2e-5, rtol=1e-4)

@@ -20,6 +20,7 @@ SYNCHRONOUS = [
     name for name, algorithm in ALGORITHMS.items() if algorithm.weight_rule == pdjax.LATEST
 ]
 STEPS = 2
+OPTIMIZER = optax.sgd(0.5, momentum=0.9)
 KEY = jax.random.key(7)
 
 
@@ -35,38 +36,17 @@ def batches_of(model: str, num_microbatches: int) -> list[Any]:
 
 
 @functools.cache
-def gradient_of(model: str) -> Any:
+def expected(model: str, num_microbatches: int) -> tuple[Any, list[Any], Any]:
     case = case_of(model)
-    has_aux = case.model_state is not None
-    return jax.jit(jax.value_and_grad(case.loss_fn, has_aux=has_aux))
-
-
-def replay(model: str, num_microbatches: int, optimizer: Any) -> tuple[Any, Any, list[Any]]:
-    """Mean gradients over microbatches with the state threaded: (parameters, state, losses)."""
-    case, gradient = case_of(model), gradient_of(model)
-    params, state, count = case.params, case.model_state, 0
-    optimizer_state, losses = optimizer.init(params), []
-    for batch in batches_of(model, num_microbatches):
-        parts = []
-        for index in range(num_microbatches):
-            part = oracle.microbatch(batch, index, num_microbatches)
-            key = jax.random.fold_in(KEY, count)
-            if state is None:
-                loss, grads = gradient(params, part, key)
-            else:
-                (loss, state), grads = gradient(params, state, part, key)
-            parts.append((loss, grads))
-            count += 1
-        loss, mean = jax.tree.map(lambda *leaves: sum(leaves) / num_microbatches, *parts)
-        updates, optimizer_state = optimizer.update(mean, optimizer_state, params)
-        params = optax.apply_updates(params, updates)
-        losses.append(loss)
-    return params, state, losses
-
-
-@functools.cache
-def expected(model: str, num_microbatches: int) -> tuple[Any, Any, list[Any]]:
-    return replay(model, num_microbatches, optax.sgd(0.5, momentum=0.9))
+    return oracle.replay_synchronous(
+        case.loss_fn,
+        OPTIMIZER,
+        case.params,
+        batches_of(model, num_microbatches),
+        num_microbatches,
+        KEY,
+        case.model_state,
+    )
 
 
 @pytest.mark.parametrize("num_microbatches", [1, 2, 3, 4, 5])
@@ -77,7 +57,7 @@ def test_equals_one_device(model, schedule, num_stages, num_microbatches):
     case = case_of(model)
     pipe = pdjax.Pipeline(
         case.loss_fn,
-        optax.sgd(0.5, momentum=0.9),
+        OPTIMIZER,
         schedule=schedule,
         num_stages=num_stages,
         num_microbatches=num_microbatches,
@@ -88,7 +68,7 @@ def test_equals_one_device(model, schedule, num_stages, num_microbatches):
     for batch in batches:
         state, metrics = pipe.step(state, batch)
         losses.append(metrics["loss"])
-    params, model_state, expected_losses = expected(model, num_microbatches)
+    params, expected_losses, model_state = expected(model, num_microbatches)
     chex.assert_trees_all_close(pipe.params(state), params, atol=5e-6, rtol=1e-5)
     chex.assert_trees_all_close(losses, expected_losses, atol=1e-6, rtol=1e-5)
     chex.assert_trees_all_close(pipe.model_state(state), model_state, atol=1e-6, rtol=1e-5)
@@ -131,7 +111,7 @@ def test_adam(schedule):
     state = pipe.init(case.params, batches[0], rng=KEY)
     for batch in batches:
         state, _ = pipe.step(state, batch)
-    params, _ = oracle.replay_synchronous(case.loss_fn, optimizer, case.params, batches, 4, KEY)
+    params, _, _ = oracle.replay_synchronous(case.loss_fn, optimizer, case.params, batches, 4, KEY)
     chex.assert_trees_all_close(pipe.params(state), params, atol=2e-6)
 
 
@@ -146,7 +126,7 @@ def test_dropout_masks_do_not_depend_on_stages_or_recomputation(num_stages, rema
     state = pipe.init(case.params, batches[0], rng=KEY)
     for batch in batches:
         state, _ = pipe.step(state, batch)
-    params, _ = oracle.replay_synchronous(
+    params, _, _ = oracle.replay_synchronous(
         case.loss_fn, optax.sgd(0.1), case.params, batches, 3, KEY
     )
     chex.assert_trees_all_close(pipe.params(state), params, atol=2e-6, rtol=2e-5)
