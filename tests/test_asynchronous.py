@@ -1,4 +1,8 @@
-"""Under PipeDream a pipeline computes what the replay oracle computes, parameter by parameter."""
+"""Under PipeDream a pipeline computes what the replay oracle computes, parameter by parameter.
+
+In float64: over a dozen updates training multiplies the rounding of the first one by hundreds, so
+that in float32 only bounds would hold that a small error of the pipeline could pass too.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +25,7 @@ OPTIMIZERS = {
     "momentum": optax.sgd(0.05, momentum=0.9),
 }
 CASES: dict[str, Any] = {
-    "transformer": zoo.transformer,
-    "mlp": zoo.mlp,
-    "vgg16": zoo.vgg,
-    "vgg16_bn": lambda: zoo.vgg(batch_norm=True),
+    **{name: functools.partial(make, dtype="float64") for name, make in zoo.MODELS.items()},
     "dropout": lambda: zoo.dense_blocks(dropout=0.2),
     "skip": lambda: zoo.dense_blocks(l2=0.01),
 }
@@ -32,7 +33,13 @@ CASES: dict[str, Any] = {
 
 @functools.cache
 def case_of(name: str) -> zoo.Case:
-    return CASES[name]()
+    return CASES[name]().double()
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+    with jax.enable_x64(True):
+        yield
 
 
 @pytest.mark.parametrize("drains", [(), (5, 7)])
@@ -64,9 +71,9 @@ def test_equals_the_replay_oracle(name, num_stages, optimizer, drains):
         drains,
         case.model_state,
     )
-    chex.assert_trees_all_close(losses, expected_losses, atol=1e-5, rtol=1e-5)
-    chex.assert_trees_all_close(pipe.params(state), params, atol=2e-5, rtol=1e-4)
-    chex.assert_trees_all_close(pipe.model_state(state), model_state, atol=1e-5, rtol=1e-4)
+    chex.assert_trees_all_close(losses, expected_losses, rtol=1e-10)
+    chex.assert_trees_all_close(pipe.params(state), params, atol=1e-11, rtol=1e-10)
+    chex.assert_trees_all_close(pipe.model_state(state), model_state, atol=1e-11, rtol=1e-10)
     _check_memory(pipe, state, num_stages, drains)
 
 

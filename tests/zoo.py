@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -33,6 +34,26 @@ class Case:
     model_state: Any
     make_batch: Callable[[int, int], Any]
 
+    def double(self) -> Case:
+        """The same with parameters, state and batches in float64, for tests with `jax.enable_x64`.
+
+        A model must be built to compute in that type; its own field says so.
+        """
+        return replace(
+            self,
+            params=_double(self.params),
+            model_state=_double(self.model_state),
+            make_batch=lambda size, seed: _double(self.make_batch(size, seed)),
+        )
+
+
+def _double(tree: Any) -> Any:
+    def double(leaf: Any) -> Any:
+        leaf = np.asarray(leaf)
+        return leaf.astype(np.float64) if leaf.dtype == np.float32 else leaf
+
+    return jax.tree.map(double, tree)
+
 
 def transformer(*, train: bool = True, dropout: float = 0.0, **fields: Any) -> Case:
     model = build_model(
@@ -46,15 +67,13 @@ def transformer(*, train: bool = True, dropout: float = 0.0, **fields: Any) -> C
     return _classifier(model, make_batch, train)
 
 
-def mlp(*, train: bool = True, dropout: float = 0.0) -> Case:
-    model = build_model("mlp", 3, width=4, num_blocks=3, dropout=dropout)
+def mlp(*, train: bool = True, dropout: float = 0.0, **fields: Any) -> Case:
+    model = build_model("mlp", 3, width=4, num_blocks=3, dropout=dropout, **fields)
     return _classifier(model, _images(4), train)
 
 
-def vgg(*, train: bool = True, batch_norm: bool = False) -> Case:
-    model = build_model(
-        "vgg16", 3, width_multiplier=1 / 32, dense_width=8, dropout=0.0, batch_norm=batch_norm
-    )
+def vgg(*, train: bool = True, **fields: Any) -> Case:
+    model = build_model("vgg16", 3, width_multiplier=1 / 32, dense_width=8, dropout=0.0, **fields)
     return _classifier(model, _images(32), train)
 
 
@@ -121,7 +140,7 @@ def dense_blocks(num_blocks: int = 6, width: int = 4, **options: Any) -> Case:
                 x = jnp.where(mask, x / keep, 0.0)
             if options.get("skip") and i == num_blocks - 2:
                 x = x + batch["x"] @ params["block_0"]["w"]
-        return jnp.mean((x - batch["y"]) ** 2).astype(jnp.float32) + l2
+        return jnp.mean((x - batch["y"]) ** 2).astype(batch["y"].dtype) + l2
 
     def make_batch(size: int, seed: int) -> Any:
         rng = np.random.default_rng(seed)
@@ -134,6 +153,6 @@ MODELS: dict[str, Callable[[], Case]] = {
     "transformer": transformer,
     "mlp": mlp,
     "vgg16": vgg,
-    "vgg16_bn": lambda: vgg(batch_norm=True),
+    "vgg16_bn": functools.partial(vgg, batch_norm=True),
 }
 """The models of `pdjax.models`, small. A new model takes one row."""

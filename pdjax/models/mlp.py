@@ -47,7 +47,7 @@ class MLP(nn.Module):
         width: size of the activations between the blocks.
         num_blocks: number of blocks.
         dropout: rate of the dropout on what the blocks add.
-        dtype: type that the model computes in; parameters and logits are float32.
+        dtype: type that the model computes in; parameters are float32, logits at least float32.
     """
 
     num_classes: int
@@ -65,11 +65,11 @@ class MLP(nn.Module):
             train: whether dropout is on; it then needs the random key ``"dropout"``.
 
         Returns:
-            Logits, float32 ``[batch, num_classes]``.
+            Logits, float32 or wider, ``[batch, num_classes]``.
         """
         y = x.reshape(x.shape[0], -1)
         y = nn.Dense(self.width, dtype=self.dtype, name="embed")(y)
         for i in range(self.num_blocks):
             y = MLPBlock(self.dropout, self.dtype, name=f"block_{i}")(y, train=train)
         logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(y)
-        return logits.astype(jnp.float32)
+        return logits.astype(jnp.promote_types(self.dtype, jnp.float32))

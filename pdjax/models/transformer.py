@@ -62,7 +62,7 @@ class Transformer(nn.Module):
         dropout: rate of the dropout on the embedding and on what the blocks add.
         max_length: length of the longest sequence that the model takes.
         tie_embeddings: whether the table of ``embed`` makes the logits too, in place of ``head``.
-        dtype: type that the model computes in; parameters and logits are float32.
+        dtype: type that the model computes in; parameters are float32, logits at least float32.
     """
 
     vocab_size: int
@@ -83,7 +83,7 @@ class Transformer(nn.Module):
             train: whether dropout is on; it then needs the random key ``"dropout"``.
 
         Returns:
-            Logits, float32 ``[batch, sequence, vocab_size]``.
+            Logits, float32 or wider, ``[batch, sequence, vocab_size]``.
 
         Raises:
             ValueError: ``x`` is not a batch of integer sequences, a sequence is longer than
@@ -106,7 +106,7 @@ class Transformer(nn.Module):
             logits = embed.attend(y)
         else:
             logits = nn.Dense(self.vocab_size, dtype=self.dtype, name="head")(y)
-        return logits.astype(jnp.float32)
+        return logits.astype(jnp.promote_types(self.dtype, jnp.float32))
 
     def _check(self, x: jax.Array) -> None:
         """Raises ``ValueError`` where the model cannot take ``x``."""

@@ -35,7 +35,7 @@ class VGG16(nn.Module):
         batch_norm: whether a BatchNorm ``bn_i`` follows convolution i. Its moving averages are the
             collection ``"batch_stats"``, which must be mutable in training.
         width_multiplier: factor on the number of channels, rounded down, but at least one channel.
-        dtype: type that the model computes in; parameters and logits are float32.
+        dtype: type that the model computes in; parameters are float32, logits at least float32.
     """
 
     num_classes: int
@@ -56,7 +56,7 @@ class VGG16(nn.Module):
                 then needs the random key ``"dropout"``.
 
         Returns:
-            Logits, float32 ``[batch, num_classes]``.
+            Logits, float32 or wider, ``[batch, num_classes]``.
 
         Raises:
             ValueError: ``x`` is not a batch of images, or the images are too small.
@@ -86,7 +86,7 @@ class VGG16(nn.Module):
             y = nn.relu(dense(self.dense_width, name=f"dense_{i}")(y))
             y = nn.Dropout(self.dropout, deterministic=not train, name=f"dropout_{i}")(y)
         logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(y)
-        return logits.astype(jnp.float32)
+        return logits.astype(jnp.promote_types(self.dtype, jnp.float32))
 
 
 def _check(x: jax.Array) -> None:
