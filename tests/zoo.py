@@ -149,7 +149,7 @@ def dense_blocks(num_blocks: int = 6, width: int = 4, **options: Any) -> Case:
     return Case(loss_fn, params, None, make_batch)
 
 
-MODELS: dict[str, Callable[[], Case]] = {
+MODELS: dict[str, Callable[..., Case]] = {
     "transformer": transformer,
     "mlp": mlp,
     "vgg16": vgg,
