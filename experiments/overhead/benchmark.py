@@ -1,9 +1,8 @@
 """What pdjax costs on top of the computation.
 
-The toy model: 8 residual blocks x + gelu(x W + b) W' + b' of a given width (hidden 4 x width),
-minibatches of 256 examples in 8 microbatches, Adam. Every system takes a step in turn, again and
-again, so that they meet the same noise; the figures are medians with the quartiles, and the ratios
-are medians of the ratios within a turn.
+The toy model of toy.py, minibatches of 256 examples in 8 microbatches, Adam. Every system takes a
+step in turn, again and again, so that they meet the same noise; the figures are medians with the
+quartiles, and the ratios are medians of the ratios within a turn.
 
     python experiments/overhead/benchmark.py --width 8
     python experiments/overhead/benchmark.py --width 256
@@ -25,40 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from hand_written import HandWritten
+from toy import NUM_BLOCKS, block, equal_cuts, loss_fn, make_batch, make_params, mean_square
 
 import pdjax
-
-NUM_BLOCKS = 8
-
-
-def block(p, x):
-    return x + jax.nn.gelu(x @ p["w"] + p["b"]) @ p["v"] + p["c"]
-
-
-def mean_square(x, y):
-    return jnp.mean((x - y) ** 2)
-
-
-def loss_fn(params, batch, rng):
-    del rng
-    x = batch["x"]
-    for i in range(NUM_BLOCKS):
-        x = block(params[f"block_{i}"], x)
-    return mean_square(x, batch["y"])
-
-
-def make_params(width):
-    def one(key):
-        first, second = jax.random.split(key)
-        return {
-            "w": jax.random.normal(first, (width, 4 * width)) / width**0.5,
-            "b": jnp.zeros(4 * width),
-            "v": jax.random.normal(second, (4 * width, width)) / (4 * width) ** 0.5,
-            "c": jnp.zeros(width),
-        }
-
-    keys = jax.random.split(jax.random.key(0), NUM_BLOCKS)
-    return {f"block_{i}": one(keys[i]) for i in range(NUM_BLOCKS)}
 
 
 def plain_step(optimizer, num_microbatches):
@@ -105,13 +73,12 @@ class Hand:
 
 class Ours:
     def __init__(self, params, optimizer, num_stages, num_microbatches, **options):
-        cuts = [f"block_{i * NUM_BLOCKS // num_stages}" for i in range(1, num_stages)]
         self.pipe = pdjax.Pipeline(
             loss_fn,
             optimizer,
             num_stages=num_stages,
             num_microbatches=num_microbatches,
-            plan=cuts,
+            plan=equal_cuts(num_stages),
             **options,
         )
         self.state = None
@@ -122,6 +89,18 @@ class Ours:
             self.state = self.pipe.init(self.params, batch)
         self.state, metrics = self.pipe.step(self.state, batch)
         return [stage.weights for stage in self.state.run.stages], metrics["loss"]
+
+
+def spectrax_systems(params, optimizer, num_microbatches):
+    try:
+        from spectrax_toy import SpectraX
+    except ImportError as error:
+        sys.exit(f"--spectrax needs SpectraX, pip install spectrax-lib ({error})")
+    functions = {"block_fn": block, "loss_fn": mean_square, "optimizer": optimizer}
+    return {
+        f"SpectraX 1F1B, {n} stages": SpectraX(params, n, num_microbatches, **functions)
+        for n in (4, 2)
+    }
 
 
 def measure(systems, batch, turns, steps):
@@ -152,15 +131,14 @@ def main():
     parser.add_argument("--turns", type=int, default=21)
     parser.add_argument("--steps", type=int, default=0, help="steps in a turn (default: by width)")
     parser.add_argument("--numpy", action="store_true", help="hand over numpy batches")
+    parser.add_argument("--spectrax", action="store_true", help="also time SpectraX, if installed")
     parser.add_argument("--output", type=pathlib.Path)
     args = parser.parse_args()
     steps = args.steps or (20 if args.width < 64 else 2)
     m = 8
     optimizer = optax.adam(1e-3)
     params = make_params(args.width)
-    rng = np.random.default_rng(0)
-    shape = (args.batch_size, args.width)
-    batch = {name: rng.normal(size=shape).astype(np.float32) for name in "xy"}
+    batch = make_batch(args.width, args.batch_size)
     if not args.numpy:
         batch = jax.tree.map(jnp.asarray, batch)
     systems = {
@@ -173,6 +151,8 @@ def main():
         "pdjax, 1 stage, 1 microbatch": Ours(params, optimizer, 1, 1),
         "pdjax, 1 stage, 8 microbatches": Ours(params, optimizer, 1, m),
     }
+    if args.spectrax:
+        systems |= spectrax_systems(params, optimizer, m)
     seconds = measure(systems, batch, args.turns, steps)
     print(f"jax {jax.__version__}, width {args.width}, {args.turns} turns of {steps} steps")
     for name, values in seconds.items():
@@ -185,6 +165,8 @@ def main():
         ("pdjax, 1 stage, 1 microbatch", "plain jitted train step"),
         ("pdjax, 1 stage, 8 microbatches", "one jit, scan over 8 microbatches"),
     ]
+    if args.spectrax:
+        pairs += [(f"pdjax 1F1B, {n} stages", f"SpectraX 1F1B, {n} stages") for n in (4, 2)]
     for ours, other in pairs:
         print(f"  {ours} / {other}: {quartiles(seconds[ours] / seconds[other])}")
     if args.output:
