@@ -1,6 +1,6 @@
 """Data to train on, through grain.
 
-Each kind of source is one file and a row of :data:`SOURCES`::
+Each kind of source is one file and a row of `SOURCES`::
 
     dataset = pdjax.data.load("stdlib", seed=0)
     loader = pdjax.data.batches(dataset.train, batch_size=32)
@@ -28,7 +28,7 @@ from pdjax.data.dataset import Kind as Kind
 
 @dataclass(frozen=True)
 class Source:
-    """A row of :data:`SOURCES`.
+    """A row of `SOURCES`.
 
     Attributes:
         kind: what the examples look like.
@@ -61,7 +61,7 @@ def load(
     """Loads a data set.
 
     Args:
-        source: a key of :data:`SOURCES`, or the path of a text file, or a glob of several.
+        source: a key of `SOURCES`, or the path of a text file, or a glob of several.
         seed: what the order of the training examples depends on, at least 0; the split
             of real data into training and test examples does not.
         sequence_length: tokens of an example, for text; images have no use for it.
@@ -99,7 +99,7 @@ def batches(dataset: grain.MapDataset[Example], batch_size: int) -> grain.Datase
     for, on the caller's thread, because its examples are in memory already.
 
     Args:
-        dataset: the examples, such as :attr:`Dataset.train`.
+        dataset: the examples, such as `Dataset.train`.
         batch_size: number of examples of a batch.
 
     Returns:
@@ -125,7 +125,7 @@ def batches(dataset: grain.MapDataset[Example], batch_size: int) -> grain.Datase
 
 
 def _find(source: str) -> Source:
-    """The row of :data:`SOURCES` called ``source``, or one that reads the files of that path."""
+    """The row of `SOURCES` called ``source``, or one that reads the files of that path."""
     if source in SOURCES:
         return SOURCES[source]
     if any(mark in source for mark in "/\\*?[.~") or os.path.exists(source):

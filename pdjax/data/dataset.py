@@ -1,4 +1,4 @@
-"""What every source of data makes: a :class:`Dataset` of grain pipelines."""
+"""What every source of data makes: a `Dataset` of grain pipelines."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Models to train: plain Flax Linen, which knows nothing of pipelining.
 
 Each model is one file with one module, called as ``model.apply(variables, x, train=True)``, and one
-row of :data:`MODELS`.
+row of `MODELS`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pdjax.models.vgg import VGG16 as VGG16
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """A row of :data:`MODELS`: what a model takes, and how to build it for a data set.
+    """A row of `MODELS`: what a model takes, and how to build it for a data set.
 
     Attributes:
         name: the model's name.
@@ -43,7 +43,7 @@ class ModelSpec:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Names of the module's fields that :meth:`build` accepts as overrides."""
+        """Names of the module's fields that `build` accepts as overrides."""
         hidden = {"parent", "name", self.classes_field}
         return tuple(f.name for f in dataclasses.fields(self.module) if f.name not in hidden)
 
@@ -58,7 +58,7 @@ class ModelSpec:
             The module, without variables.
 
         Raises:
-            ValueError: an override is not one of :attr:`fields`.
+            ValueError: an override is not one of `fields`.
         """
         for field in overrides:
             if field not in self.fields:
@@ -106,10 +106,10 @@ MODELS: dict[str, ModelSpec] = {
 
 
 def build_model(name: str, num_classes: int, **overrides: Any) -> nn.Module:
-    """Builds a model of :data:`MODELS` by name.
+    """Builds a model of `MODELS` by name.
 
     Args:
-        name: a key of :data:`MODELS`.
+        name: a key of `MODELS`.
         num_classes: number of classes, which for text is the size of the vocabulary.
         **overrides: values for fields of the module, in place of the defaults.
 
@@ -127,7 +127,7 @@ def build_model(name: str, num_classes: int, **overrides: Any) -> nn.Module:
 
 
 def find_model(name: str) -> ModelSpec:
-    """The row of :data:`MODELS` called ``name``.
+    """The row of `MODELS` called ``name``.
 
     Raises:
         ValueError: there is none; the text names the nearest.
