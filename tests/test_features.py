@@ -513,6 +513,19 @@ def test_state_read_for_the_loss_before_it_is_written_is_refused():
         pipe.init(weights(2), batch, model_state={"scale": np.float32(1.0)})
 
 
+def test_state_read_on_a_stage_after_the_one_that_writes_it_is_refused():
+    def loss_fn(params, state, batch, rng):
+        x = jnp.tanh(batch["x"] @ params["w0"])
+        new = 0.9 * state["scale"] + x.mean()
+        y = jnp.tanh(x @ params["w1"]) * state["scale"]
+        return jnp.mean((y - batch["y"]) ** 2), {"scale": new}
+
+    batch = zoo.dense_blocks().make_batch(4, 0)
+    pipe = pdjax.Pipeline(loss_fn, optax.sgd(0.1), num_stages=2, plan=["w1"])
+    with pytest.raises(ValueError, match=r"'scale' is read on stage 1 and updated on stage 0"):
+        pipe.init(weights(2), batch, model_state={"scale": np.float32(1.0)})
+
+
 # ---------------------------------------------------------------- side effects
 
 
