@@ -34,7 +34,7 @@ class BatchSpec:
     @property
     def signature(self) -> tuple[Any, ...]:
         """Equal for minibatches that the same compiled programs serve."""
-        return tuple((shape.shape, str(shape.dtype)) for shape in self.shapes)
+        return tuple((shape.shape, str(shape.dtype), shape.weak_type) for shape in self.shapes)
 
     def microbatch(self, num_microbatches: int) -> Any:
         """The shapes of one of `num_microbatches` microbatches, in the batch's structure.
@@ -48,7 +48,7 @@ class BatchSpec:
             dims = list(shape.shape)
             if axis is not None:
                 dims[axis] //= num_microbatches
-            leaves.append(jax.ShapeDtypeStruct(tuple(dims), shape.dtype))
+            leaves.append(shape.update(shape=tuple(dims)))
         return jax.tree.unflatten(self.tree, leaves)
 
 

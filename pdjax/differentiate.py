@@ -15,7 +15,7 @@ transposed weight is a new array anyway. Here a residual is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -49,6 +49,7 @@ class StagePrograms:
         fused: makes the outputs of both at once.
         gradient_sends: positions among the stage's sends that get a cotangent back.
         gradient_receives: positions among its receives that send a cotangent back.
+        returners: for each of `gradient_sends` the stages that send a cotangent back, ascending.
     """
 
     stage: Stage
@@ -60,6 +61,7 @@ class StagePrograms:
     fused: Program
     gradient_sends: tuple[int, ...]
     gradient_receives: tuple[int, ...]
+    returners: tuple[tuple[int, ...], ...]
 
     @property
     def saved_bytes(self) -> int:
@@ -70,22 +72,55 @@ class StagePrograms:
 _GROUPS = ("params", "consts", "state", "batch", "key", "receives")
 
 
-def differentiate(split: StageSplit, stage: Stage, remat: Remat = "none") -> StagePrograms:
-    """Derives the forward and the backward pass of `stage`."""
-    gradient_sends = _carrying(stage.sends, split)
-    gradient_receives = _carrying(stage.receives, split)
+def differentiate(split: StageSplit, remat: Sequence[Remat]) -> tuple[StagePrograms, ...]:
+    """Derives the forward and the backward pass of every stage.
+
+    It goes from the last stage to the first. Where a stage's derivative by a value that it
+    receives is zero whatever comes (the value was rounded, say), nothing is sent back, and the
+    stages before it are derived without that cotangent, as `jax.grad` would: an array of zeros
+    in its place would make NaN of what is infinite there.
+
+    Args:
+        split: the stages.
+        remat: for each stage what its backward pass computes again.
+    """
+    returners: dict[Var, list[int]] = {}
+    made = []
+    for stage, how in zip(reversed(split.stages), reversed(remat), strict=True):
+        programs = _differentiate(split, stage, how, returners)
+        for at in programs.gradient_receives:
+            returners.setdefault(stage.receives[at], []).append(stage.index)
+        made.append(programs)
+    return tuple(reversed(made))
+
+
+def _differentiate(
+    split: StageSplit, stage: Stage, remat: Remat, returners: Mapping[Var, Sequence[int]]
+) -> StagePrograms:
+    """Derives the passes of one stage; `returners` says which later stages send cotangents."""
+    gradient_sends = tuple(at for at, var in enumerate(stage.sends) if var in returners)
+    candidates = tuple(at for at, var in enumerate(stage.receives) if var in split.carriers)
     groups = stage_inputs(split, stage)
     makes_loss = 0 in stage.outputs
-    joint, sizes = _trace_joint(split, stage, groups, gradient_sends, gradient_receives)
+    joint, sizes = _trace_joint(split, stage, groups, gradient_sends, candidates)
     invars = iter(joint.invars)
     inputs = {name: tuple(next(invars) for _ in groups[name]) for name in _GROUPS}
     seed = next(invars) if makes_loss else None
     cotangents = tuple(invars)
     outvars = iter(joint.outvars)
     outputs = {name: tuple(next(outvars) for _ in range(size)) for name, size in sizes.items()}
-    ahead = {name: outputs[name] for name in ("sends", "state", "results")}
-    back = {name: outputs[name] for name in ("params", "receives")}
     tangent_inputs = cotangents if seed is None else (*cotangents, seed)
+    behind = _depending(joint.equations, tangent_inputs)
+    varying = [
+        at
+        for at, atom in enumerate(outputs["receives"])
+        if isinstance(atom, Var) and atom in behind
+    ]
+    ahead = {name: outputs[name] for name in ("sends", "state", "results")}
+    back = {
+        "params": outputs["params"],
+        "receives": tuple(outputs["receives"][at] for at in varying),
+    }
     first, second = _partition(joint, inputs, tangent_inputs, ahead, back, remat)
     return StagePrograms(
         stage=stage,
@@ -96,7 +131,8 @@ def differentiate(split: StageSplit, stage: Stage, remat: Remat = "none") -> Sta
         backward=second,
         fused=_program(joint.equations, {**ahead, **back}),
         gradient_sends=gradient_sends,
-        gradient_receives=gradient_receives,
+        gradient_receives=tuple(candidates[at] for at in varying),
+        returners=tuple(tuple(sorted(returners[stage.sends[at]])) for at in gradient_sends),
     )
 
 
@@ -128,10 +164,6 @@ def forward_only(split: StageSplit, stage: Stage) -> tuple[dict[str, tuple[Var, 
 
 
 # ---------------------------------------------------------------- the joint trace
-
-
-def _carrying(values: Sequence[Var], split: StageSplit) -> tuple[int, ...]:
-    return tuple(at for at, var in enumerate(values) if var in split.carriers)
 
 
 def _trace_joint(

@@ -38,6 +38,7 @@ _CHEAP = frozenset(
     square squeeze stop_gradient sub transpose xor
     """.split()
 )
+_WITHOUT_DERIVATIVE = frozenset({"ceil", "floor", "nextafter", "round", "sign", "stop_gradient"})
 _WRAPPERS = frozenset({"custom_jvp_call", "jit", "pjit", "cond"})
 _SHARDED = frozenset({"sharding_constraint", "reshard", "mesh_cast", "shard_map", "xla_pmap"})
 
@@ -254,8 +255,8 @@ def is_cheap(equation: Equation) -> bool:
 
 
 def blocks_gradient(equation: Equation) -> bool:
-    """Whether the equation is `stop_gradient`."""
-    return equation.primitive.name == "stop_gradient"
+    """Whether no gradient ever passes: `stop_gradient`, and step functions such as `round`."""
+    return equation.primitive.name in _WITHOUT_DERIVATIVE
 
 
 def subprograms(equation: Equation) -> list[Any]:

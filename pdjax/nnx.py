@@ -6,7 +6,6 @@ NNX modules hold their parameters themselves. `functionalize` takes a module apa
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pdjax.arguments import taking_key
+from pdjax.tracing import read_result
 from pdjax.trees import is_key
 
 
@@ -32,51 +33,50 @@ class Functional(NamedTuple):
     model_state: nnx.State
 
 
-def functionalize(model: nnx.Module, loss_fn: Callable[..., Any]) -> Functional:
+def functionalize(
+    model: nnx.Module, loss_fn: Callable[..., Any], *, weighted_loss: bool = False
+) -> Functional:
     """Turns a loss over a module into one over its parameters.
 
-        Every call of the loss begins with the random streams that belong to its microbatch: their
-        keys are made from the microbatch's key, and their counters start at zero. So dropout does
-        not depend on the schedule or the number of stages.
+    Every call of the loss begins with the random streams that belong to its microbatch: their
+    keys are made from the microbatch's key, and their counters start at zero. So dropout does
+    not depend on the schedule or the number of stages.
 
     Example:
-            >>> import jax.numpy as jnp, optax, pdjax
-            >>> from flax import nnx
-
-    from pdjax.trees import is_key
-            >>> class Model(nnx.Module):
-            ...     def __init__(self, rngs):
-            ...         self.hidden = nnx.Linear(3, 8, rngs=rngs)
-            ...         self.out = nnx.Linear(8, 1, rngs=rngs)
-            ...     def __call__(self, x):
-            ...         return self.out(nnx.relu(self.hidden(x)))
-            >>> def loss_fn(model, batch):
-            ...     return jnp.mean((model(batch["x"]) - batch["y"]) ** 2)
-            >>> model = Model(nnx.Rngs(0))
-            >>> batch = {"x": jnp.ones((4, 3)), "y": jnp.ones((4, 1))}
-            >>> f = pdjax.nnx.functionalize(model, loss_fn)
-            >>> pipe = pdjax.Pipeline(f.loss_fn, optax.adam(1e-2), num_stages=1)
-            >>> state = pipe.init(f.params, batch, model_state=f.model_state)
-            >>> state, metrics = pipe.step(state, batch)
-            >>> pdjax.nnx.update(model, pipe, state)
+        >>> import jax.numpy as jnp, optax, pdjax
+        >>> from flax import nnx
+        >>> class Model(nnx.Module):
+        ...     def __init__(self, rngs):
+        ...         self.hidden = nnx.Linear(3, 8, rngs=rngs)
+        ...         self.out = nnx.Linear(8, 1, rngs=rngs)
+        ...     def __call__(self, x):
+        ...         return self.out(nnx.relu(self.hidden(x)))
+        >>> def loss_fn(model, batch):
+        ...     return jnp.mean((model(batch["x"]) - batch["y"]) ** 2)
+        >>> model = Model(nnx.Rngs(0))
+        >>> batch = {"x": jnp.ones((4, 3)), "y": jnp.ones((4, 1))}
+        >>> f = pdjax.nnx.functionalize(model, loss_fn)
+        >>> pipe = pdjax.Pipeline(f.loss_fn, optax.adam(1e-2), num_stages=1)
+        >>> state = pipe.init(f.params, batch, model_state=f.model_state)
+        >>> state, metrics = pipe.step(state, batch)
+        >>> pdjax.nnx.update(model, pipe, state)
 
     Args:
-            model: the module, in the mode that `loss_fn` should run it in (``model.train()``).
-            loss_fn: ``loss_fn(model, batch)`` that returns ``loss`` or ``(loss, metrics)``; it may
-                take a random key as its third argument.
+        model: the module, in the mode that `loss_fn` should run it in (``model.train()``).
+        loss_fn: ``loss_fn(model, batch)`` that returns ``loss`` or ``(loss, metrics)``; it may
+            take a random key as its third argument.
+        weighted_loss: whether the loss is a pair ``(sum, weight)``; to be told to the
+            `pdjax.Pipeline` as well.
     """
     graph, params, streams, others = nnx.split(model, nnx.Param, nnx.RngState, ...)
-    takes_key = len(inspect.signature(loss_fn).parameters) > 2
+    loss_of = taking_key(loss_fn, stateful=False)
 
     def functional(params: Any, model_state: Any, batch: Any, rng: Any) -> Any:
         reseeded = _reseed(streams, rng)
         module = nnx.merge(graph, params, reseeded, model_state, copy=True)
-        result = loss_fn(module, batch, rng) if takes_key else loss_fn(module, batch)
+        loss, _, metrics = read_result(loss_of(module, batch, rng), None, weighted_loss)
         *_, new_state = nnx.split(module, nnx.Param, nnx.RngState, ...)
-        if isinstance(result, tuple | list):
-            loss, metrics = result
-            return loss, (new_state, metrics)
-        return result, new_state
+        return (loss, new_state) if metrics is None else (loss, (new_state, metrics))
 
     return Functional(functional, params, others)
 

@@ -14,7 +14,7 @@ An optimizer that mixes nothing has one phase and exchanges nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -84,6 +84,9 @@ def split_update(
         homes: for each parameter leaf the stages that hold it.
         param_names: the path of each parameter leaf.
         num_stages: number of stages.
+
+    Raises:
+        ValueError: if the update needs more than (gradients, state, params), or has side effects.
     """
     leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: params))
     state_leaves, state_tree = jax.tree.flatten(jax.eval_shape(optimizer.init, params))
@@ -94,7 +97,18 @@ def split_update(
         updates, state = optimizer.update(gradients, state, old)
         return jax.tree.leaves(optax.apply_updates(old, updates)), jax.tree.leaves(state)
 
-    program, _ = jaxprs.trace(update, leaves, leaves, state_leaves, branches_as_selects=True)
+    try:
+        program, _ = jaxprs.trace(update, leaves, leaves, state_leaves, branches_as_selects=True)
+    except TypeError as error:
+        raise ValueError(
+            f"optimizer.update(gradients, state, params) failed: {error}. pdjax gives an optimizer "
+            "these three; one that needs more, such as the loss, cannot be used."
+        ) from error
+    if any(map(jaxprs.has_effects, program.equations)):
+        raise ValueError(
+            "the optimizer's update has side effects (callbacks or prints), which cannot be "
+            "divided among the stages. Take them out of the optimizer, or put them into loss_fn."
+        )
     placer = _UpdatePlacer(program, homes, num_stages)
     return placer.place(param_names, state_tree)
 
@@ -159,16 +173,17 @@ class _UpdatePlacer:
         What counts is reached through values no smaller than the leaf: a moment helps its own
         parameter, even where all of them meet in a norm; a step counter helps everyone.
         """
-        homes = {}
-        for var, new in zip(self.state, self.new_state, strict=True):
+        homes: dict[Var, frozenset[int]] = {}
+        for var in self.state:
             reached = self._reach(var)
             helped = [
                 self.homes[param]
                 for param, out in zip(self.params, self.new_params, strict=True)
                 if out in reached
             ]
-            homes[var] = frozenset().union(*helped) or self._home_of_bystander(new)
-        return homes
+            if helped:
+                homes[var] = frozenset().union(*helped)
+        return homes | self._homes_of_bystanders(homes)
 
     def _reach(self, root: Var) -> set[Var]:
         reached, pending = {root}, [root]
@@ -181,12 +196,31 @@ class _UpdatePlacer:
                         pending.append(var)
         return reached
 
-    def _home_of_bystander(self, new: jaxprs.Atom) -> frozenset[int]:
-        """Where a leaf lives that helps no parameter: with the largest leaf it is made from."""
+    def _homes_of_bystanders(self, known: dict[Var, frozenset[int]]) -> dict[Var, frozenset[int]]:
+        """Where leaves live that help no parameter: with the largest leaf that they are made from.
+
+        That may be another such leaf, as in a line of past gradients.
+        """
+        homes = self.homes | known
+        waiting = {
+            var: new
+            for var, new in zip(self.state, self.new_state, strict=True)
+            if var not in known
+        }
+        while found := {
+            var: source
+            for var, new in waiting.items()
+            if (source := self._largest_source(new, homes)) is not None
+        }:
+            homes |= {var: homes[source] for var, source in found.items()}
+            waiting = {var: new for var, new in waiting.items() if var not in found}
+        return homes | dict.fromkeys(waiting, frozenset([0]))
+
+    def _largest_source(self, new: jaxprs.Atom, among: Container[Var]) -> Var | None:
+        """Of the inputs that `new` is made from, the largest."""
         equations = [self.program.equations[i] for i in self._needed([new])]
-        sources = [var for var in jaxprs.free_variables(equations, [new]) if var in self.homes]
-        largest = max(sources, key=jaxprs.num_elements, default=None)
-        return frozenset([0]) if largest is None else self.homes[largest]
+        sources = [var for var in jaxprs.free_variables(equations, [new]) if var in among]
+        return max(sources, key=jaxprs.num_elements, default=None)
 
     def _needed(self, wanted: Iterable[jaxprs.Atom]) -> list[int]:
         return jaxprs.needed(self.program.equations, wanted)

@@ -7,23 +7,31 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import Sharding
 
+from pdjax.arguments import (
+    check_optimizer,
+    check_rng,
+    choose_num_microbatches,
+    choose_placements,
+    for_each_stage,
+    one_of,
+)
 from pdjax.differentiate import Remat
 from pdjax.errors import BrokenPipelineError, NonFiniteLossError
 from pdjax.planner import Plan
 from pdjax.prepare import Prepared, Settings
-from pdjax.runtime.executor import Run
+from pdjax.runtime.executor import Executor, Run
 from pdjax.runtime.placed import Values
 from pdjax.runtime.recorder import Recorder
-from pdjax.schedules import Schedule, find_algorithm
+from pdjax.schedules import Schedule
 from pdjax.timeline import Timeline
 from pdjax.trees import is_key
 from pdjax.weights import WeightRule
@@ -32,6 +40,25 @@ _log = logging.getLogger("pdjax")
 
 Metrics = dict[str, Any]
 """``"loss"`` and what else the loss function reports, as arrays that become ready later."""
+
+
+@dataclass(eq=False)
+class _Training:
+    """What all states that descend from one `Pipeline.init` share.
+
+    Attributes:
+        prepared: all that was traced and compiled.
+        params_like: where each parameter came from.
+        model_state_like: where each leaf of the mutable state came from.
+        losses: the losses that were not looked at yet, with their steps.
+        broken: what went wrong, if something did.
+    """
+
+    prepared: Prepared
+    params_like: Any
+    model_state_like: Any
+    losses: deque[tuple[int, Any]] = field(default_factory=deque)
+    broken: str | None = None
 
 
 class PipelineState:
@@ -44,13 +71,11 @@ class PipelineState:
         step: number of minibatches handed over so far.
     """
 
-    def __init__(
-        self, owner: Pipeline, run: Run, step: int, losses: deque[tuple[int, Any]]
-    ) -> None:
+    def __init__(self, owner: Pipeline, training: _Training, run: Run, step: int) -> None:
         self.step = step
         self._owner = owner
+        self._training = training
         self._run: Run | None = run
-        self._losses = losses
 
     @property
     def run(self) -> Run:
@@ -66,6 +91,11 @@ class PipelineState:
                 "state, metrics = pipe.step(state, batch)."
             )
         return self._run
+
+    @property
+    def executor(self) -> Executor:
+        """What dispatches the steps; its `observer` is told of every program."""
+        return self._training.prepared.executor
 
     def __repr__(self) -> str:
         used = "" if self._run else ", used"
@@ -149,25 +179,25 @@ class Pipeline:
         run_ahead: int | None = None,
         nonfinite: Literal["raise", "ignore"] = "raise",
     ) -> None:
-        placements = _choose_placements(schedule, num_stages, devices, plan)
+        check_optimizer(optimizer)
+        placements = choose_placements(schedule, num_stages, devices, plan)
         self._settings = Settings(
             loss_fn=loss_fn,
             optimizer=optimizer,
             schedule=schedule,
             weight_rule=weight_rule,
             placements=placements,
-            num_microbatches=_choose_num_microbatches(schedule, num_microbatches),
+            num_microbatches=choose_num_microbatches(schedule, num_microbatches),
             plan=plan,
             eval_loss_fn=eval_loss_fn or loss_fn,
             batch_axes=batch_axes,
             weighted_loss=weighted_loss,
-            remat=_for_each_stage(remat, len(placements)),
-            state_update=_one_of("state_update", state_update, ("microbatch", "minibatch")),
+            remat=for_each_stage(remat, len(placements)),
+            state_update=one_of("state_update", state_update, ("microbatch", "minibatch")),
         )
         self._run_ahead = run_ahead
-        self._raises = _one_of("nonfinite", nonfinite, ("raise", "ignore")) == "raise"
-        self._prepared: Prepared | None = None
-        self._broken: str | None = None
+        self._raises = one_of("nonfinite", nonfinite, ("raise", "ignore")) == "raise"
+        self._latest: _Training | None = None
         self._timeline: Timeline | None = None
         if run_ahead is not None and run_ahead < 1:
             raise ValueError(f"run_ahead={run_ahead}; expected at least 1 step.")
@@ -194,12 +224,14 @@ class Pipeline:
                 cannot work together; the text says why and what to change.
         """
         rng = jax.random.key(0) if rng is None else rng
-        self._prepared = Prepared(self._settings, params, batch, model_state, rng)
-        self._params_like = jax.tree.map(_Origin.of, params)
-        self._model_state_like = jax.tree.map(_Origin.of, model_state)
-        self._broken = None
+        check_rng(rng)
+        prepared = Prepared(self._settings, params, batch, model_state, rng)
+        training = _Training(
+            prepared, jax.tree.map(_Origin.of, params), jax.tree.map(_Origin.of, model_state)
+        )
+        self._latest = training
         _log.info("%s, %s", self.plan, self.schedule.name)
-        return PipelineState(self, self._prepared.start(params, model_state), 0, deque())
+        return PipelineState(self, training, prepared.start(params, model_state), 0)
 
     def step(self, state: PipelineState, batch: Any) -> tuple[PipelineState, Metrics]:
         """Hands over one minibatch and returns without waiting for it.
@@ -211,7 +243,8 @@ class Pipeline:
         Returns:
             The new state, and the metrics of this minibatch: ``"loss"``, and those of `loss_fn`
             by their names (under ``"aux"`` if they are not a dict). Over the microbatches, real
-            metrics are averaged, integers summed, and those with a batch axis concatenated.
+            metrics and conditions are averaged, integers summed, and those with a batch axis
+            concatenated.
 
         Raises:
             ValueError: if the batch has another structure than the one given to `init`, does not
@@ -220,37 +253,40 @@ class Pipeline:
                 still good then.
             BrokenPipelineError: if an earlier step failed on a device.
         """
-        prepared = self._ready()
-        self._run_of(state)
-        self._check_losses(state)
-        feed = prepared.feed(batch)
+        training = self._training_of(state)
+        self._check_losses(training, at_most=self._allowed_ahead - 1)
+        feed = training.prepared.feed(batch)
         run = self._take(state)
-        with self._breaking_on_errors(state.step):
-            loss, metrics = prepared.executor.step(run, feed)
-        state._losses.append((state.step, loss))
-        new_state = PipelineState(self, run, state.step + 1, state._losses)
+        with _breaking_on_errors(training, state.step, BaseException):
+            loss, metrics = training.prepared.executor.step(run, feed)
+        training.losses.append((state.step, loss))
+        new_state = PipelineState(self, training, run, state.step + 1)
         return new_state, _as_metrics(loss, metrics, feed.passes.split.traced.metrics_tree)
 
     def drain(self, state: PipelineState) -> PipelineState:
         """Finishes the minibatches in flight, so that all stages have seen the same ones.
 
-        Under a synchronous schedule nothing ever is in flight between steps. Steps may follow;
-        the pipeline then fills anew. `state` cannot be used again.
+        Waits for the losses of all minibatches handed over. Under a synchronous schedule nothing
+        ever is in flight between steps. Steps may follow; the pipeline then fills anew. `state`
+        cannot be used again.
+
+        Raises:
+            NonFiniteLossError: if one of these losses is NaN or infinite. `state` is still good
+                then.
         """
-        prepared = self._ready()
-        self._run_of(state)
-        self._check_losses(state)
+        training = self._training_of(state)
+        self._check_losses(training, at_most=0)
         run = self._take(state)
-        with self._breaking_on_errors(state.step):
-            prepared.executor.drain(run)
-        return PipelineState(self, run, state.step, state._losses)
+        with _breaking_on_errors(training, state.step, BaseException):
+            training.prepared.executor.drain(run)
+        return PipelineState(self, training, run, state.step)
 
     def evaluate(self, state: PipelineState, batch: Any) -> Metrics:
         """Computes the loss and the metrics of a batch of any size, forward only.
 
         It reads every stage's newest weights, and changes nothing.
         """
-        return _as_metrics(*self._ready().evaluate(self._run_of(state), batch))
+        return _as_metrics(*self._training_of(state).prepared.evaluate(state.run, batch))
 
     # -------- what was learned
 
@@ -259,40 +295,48 @@ class Pipeline:
 
         Waits for them. Under an asynchronous schedule, `drain` first to have all stages at the
         same minibatch.
+
+        Raises:
+            NonFiniteLossError: if a loss that nobody looked at yet is NaN or infinite. Calling
+                again returns the parameters all the same.
         """
-        weights = self._ready().weights(self._run_of(state))
-        with self._breaking_on_errors(state.step):
-            return _gather(self._params_like, weights)
+        training = self._training_of(state)
+        self._check_losses(training, at_most=0)
+        weights = training.prepared.weights(state.run)
+        with _breaking_on_errors(training, state.step, Exception):
+            return _gather(training.params_like, weights)
 
     def model_state(self, state: PipelineState) -> Any:
         """A copy of the mutable state, in the structure that `init` was given."""
-        model = self._ready().model(self._run_of(state))
-        with self._breaking_on_errors(state.step):
-            return _gather(self._model_state_like, model)
+        training = self._training_of(state)
+        model = training.prepared.model(state.run)
+        with _breaking_on_errors(training, state.step, Exception):
+            return _gather(training.model_state_like, model)
 
     def stage_of_parameters(self) -> Any:
         """The number of the stage that holds each parameter, in the structure of the parameters.
 
-        A parameter that several stages hold (tied weights) has a tuple of numbers.
+        A parameter that several stages hold (tied weights) has a tuple of numbers. Like `plan` and
+        `schedule` it tells of the last `init`.
         """
-        homes = self._ready().split.homes
+        training = self._last_training()
+        homes = training.prepared.split.homes
         leaves = [stages[0] if len(stages) == 1 else stages for stages in homes]
-        return jax.tree.unflatten(jax.tree.structure(self._params_like), leaves)
+        return jax.tree.unflatten(jax.tree.structure(training.params_like), leaves)
 
     @property
     def plan(self) -> Plan:
         """Which layers make up which stage."""
-        return self._ready().plan
+        return self._last_training().prepared.plan
 
     @property
     def schedule(self) -> Schedule:
         """What every worker does in a step: the very object that was validated and is run."""
-        return self._ready().schedule
+        return self._last_training().prepared.schedule
 
     def memory(self, state: PipelineState) -> tuple[StageMemory, ...]:
         """What each stage has held at its peak, counted since `init`."""
-        prepared = self._ready()
-        run = self._run_of(state)
+        prepared, run = self._training_of(state).prepared, state.run
         passes = run.passes or prepared.passes
         return tuple(
             StageMemory(
@@ -313,8 +357,8 @@ class Pipeline:
         `state` is that of the first of these steps; it is only looked at. Leaving the ``with``
         waits for all of them; `timeline` then tells. Recording costs a little time.
         """
-        executor = self._ready().executor
-        weights = [held.weights[0] for held in self._run_of(state).stages if held.weights]
+        executor = self._training_of(state).prepared.executor
+        weights = [held.weights[0] for held in state.run.stages if held.weights]
         recorder = Recorder(executor.schedule, weights)
         executor.observer = recorder.observe
         try:
@@ -340,34 +384,39 @@ class Pipeline:
         # Fewer cost time where steps are short: the thread sleeps for each loss, and wakes late.
         return 8 if self.schedule.flushes else 8 + self.schedule.num_stages
 
-    def _ready(self) -> Prepared:
-        if self._broken is not None:
-            raise BrokenPipelineError(
-                f"this Pipeline is broken: {self._broken}\nCall init again, with parameters from "
-                "before the failure."
-            )
-        if self._prepared is None:
+    def _last_training(self) -> _Training:
+        if self._latest is None:
             raise ValueError("call Pipeline.init(params, batch) before anything else.")
-        return self._prepared
+        return self._latest
 
-    def _run_of(self, state: PipelineState) -> Run:
+    def _training_of(self, state: PipelineState) -> _Training:
+        """What `state` belongs to, if it can be used."""
+        self._last_training()
         if not isinstance(state, PipelineState):
-            raise ValueError(f"expected the state that init or step returned; got {type(state)}.")
+            raise ValueError(
+                f"got a {type(state).__name__} in the place of the state; expected what init "
+                "returned, or the first of the two values that step returned."
+            )
         if state._owner is not self:
             raise ValueError("this state belongs to another Pipeline.")
-        return state.run
+        if state._training.broken is not None:
+            raise BrokenPipelineError(
+                f"this Pipeline is broken: {state._training.broken}\nCall init again, with "
+                "parameters from before the failure."
+            )
+        _ = state.run
+        return state._training
 
     def _take(self, state: PipelineState) -> Run:
-        run = self._run_of(state)
-        state._run = None
+        run, state._run = state.run, None
         return run
 
-    def _check_losses(self, state: PipelineState) -> None:
-        """Looks at the losses that are there; waits for some if too many are outstanding."""
-        losses = state._losses
-        while losses and (len(losses) >= self._allowed_ahead or losses[0][1].is_ready()):
+    def _check_losses(self, training: _Training, at_most: int) -> None:
+        """Looks at the losses that are there, and waits until `at_most` are outstanding."""
+        losses = training.losses
+        while losses and (len(losses) > at_most or losses[0][1].is_ready()):
             step, loss = losses[0]
-            with self._breaking_on_errors(step):
+            with _breaking_on_errors(training, step, Exception):
                 value = loss.item()
             losses.popleft()
             if self._raises and not math.isfinite(value):
@@ -377,16 +426,22 @@ class Pipeline:
                     "zero; or pass nonfinite='ignore' to go on regardless."
                 )
 
-    @contextmanager
-    def _breaking_on_errors(self, step: int) -> Iterator[None]:
-        """Marks the pipeline as broken if what it holds may be half done or poisoned."""
-        try:
-            yield
-        except BaseException as error:
-            self._broken = f"step {step} failed with {type(error).__name__}: {error}"
-            if not isinstance(error, Exception):
-                raise
-            raise BrokenPipelineError(self._broken) from error
+
+@contextmanager
+def _breaking_on_errors(
+    training: _Training, step: int, kinds: type[BaseException]
+) -> Iterator[None]:
+    """Marks the training as broken if what it holds may be half done or poisoned.
+
+    An interrupt breaks what it interrupts while that is being dispatched, but not a mere wait.
+    """
+    try:
+        yield
+    except kinds as error:
+        training.broken = f"step {step} failed with {type(error).__name__}: {error}"
+        if not isinstance(error, Exception):
+            raise
+        raise BrokenPipelineError(training.broken) from error
 
 
 @dataclass(frozen=True)
@@ -445,72 +500,8 @@ def _as_metrics(loss: Any, leaves: Values, tree: Any) -> Metrics:
     metrics = jax.tree.unflatten(tree, leaves)
     if not isinstance(metrics, Mapping):
         return {"loss": loss, "aux": metrics}
-    return {"loss": loss, **metrics}
+    return {"loss": loss} | dict(metrics) | {"loss": loss}
 
 
 def _bytes(leaves: Values) -> int:
     return sum(leaf.nbytes for leaf in leaves)
-
-
-# ---------------------------------------------------------------- reading the arguments
-
-
-def _choose_placements(
-    schedule: str | Schedule,
-    num_stages: int | None,
-    devices: Sequence[Any] | None,
-    plan: Plan | Sequence[str] | None,
-) -> tuple[Sharding, ...]:
-    """One placement for each stage, the first of the devices."""
-    wishes: dict[str, int | None] = {"num_stages": num_stages}
-    if isinstance(schedule, Schedule):
-        wishes["the schedule"] = schedule.num_stages
-    else:
-        find_algorithm(schedule)
-    if plan is not None:
-        wishes["the plan"] = plan.num_stages if isinstance(plan, Plan) else len(plan) + 1
-    given = {name: count for name, count in wishes.items() if count is not None}
-    if len(set(given.values())) > 1:
-        raise ValueError(f"these disagree about the number of stages: {given}.")
-    available = list(jax.devices() if devices is None else devices)
-    count = next(iter(given.values()), len(available))
-    if not 1 <= count <= len(available):
-        raise ValueError(
-            f"{count} stages need as many devices, but there are {len(available)}: {available}. "
-            f"Use num_stages={len(available)} or fewer, or more devices; on a CPU call "
-            f"jax.config.update('jax_num_cpu_devices', {count}) before JAX is first used."
-        )
-    return tuple(
-        device if isinstance(device, Sharding) else SingleDeviceSharding(device)
-        for device in available[:count]
-    )
-
-
-def _choose_num_microbatches(schedule: str | Schedule, wish: int | None) -> int | None:
-    if wish is not None and wish < 1:
-        raise ValueError(f"num_microbatches={wish}; expected at least 1.")
-    if isinstance(schedule, Schedule):
-        if wish not in (None, schedule.num_microbatches):
-            raise ValueError(
-                f"num_microbatches={wish}, but the schedule is for {schedule.num_microbatches}."
-            )
-        return schedule.num_microbatches
-    return wish
-
-
-def _for_each_stage(remat: Remat | Sequence[Remat], num_stages: int) -> tuple[Remat, ...]:
-    each: tuple[Any, ...] = (remat,) * num_stages
-    if not isinstance(remat, str) and not callable(remat):
-        each = tuple(remat)
-    if len(each) != num_stages:
-        raise ValueError(f"remat has {len(each)} entries for {num_stages} stages.")
-    for how in each:
-        if not callable(how):
-            _one_of("remat", how, ("none", "full"))
-    return each
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> Any:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}; expected one of {', '.join(map(repr, allowed))}.")
-    return value

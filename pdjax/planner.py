@@ -88,7 +88,11 @@ class Plan:
 
 
 def balanced_plan(
-    names: Sequence[str], work: Sequence[float], cut_bytes: Sequence[int], num_stages: int
+    names: Sequence[str],
+    work: Sequence[float],
+    cut_bytes: Sequence[int],
+    num_stages: int,
+    together: Sequence[tuple[int, int]] = (),
 ) -> Plan:
     """Divides the layers so that the busiest stage has the least to do.
 
@@ -99,14 +103,22 @@ def balanced_plan(
         work: for each layer its work, in any unit.
         cut_bytes: for each layer the bytes that cross a cut right after it.
         num_stages: number of stages.
+        together: ranges of layers (first, last) that stay in one stage, unless that leaves fewer
+            than `num_stages` stages.
 
     Raises:
         ValueError: if there are fewer layers than stages.
     """
     _check_enough_layers(names, num_stages)
     done = np.concatenate([[0.0], np.cumsum(np.asarray(work, float))])
-    limit = _smallest_maximum(done, num_stages) * _SLACK
-    starts = _narrowest(done, np.asarray(cut_bytes, float), num_stages, limit)
+    cost = np.asarray(cut_bytes, float)
+    apart = cost.copy()
+    for first, last in together:
+        apart[first:last] = np.inf
+    if np.isfinite(apart[:-1]).sum() >= num_stages - 1:
+        cost = apart
+    limit = _smallest_maximum(done, cost, num_stages) * _SLACK
+    starts = _narrowest(done, cost, num_stages, limit)
     return _with_shares(tuple(names), starts, done)
 
 
@@ -158,11 +170,11 @@ def _with_shares(names: tuple[str, ...], starts: tuple[int, ...], done: np.ndarr
     return Plan(names, starts, shares)
 
 
-def _smallest_maximum(done: np.ndarray, num_stages: int) -> float:
-    """The least that the busiest of `num_stages` stages can have to do."""
+def _smallest_maximum(done: np.ndarray, cut_bytes: np.ndarray, num_stages: int) -> float:
+    """The least that the busiest of `num_stages` stages can have to do, with no infinite cut."""
     best = done[1:].copy()  # best[j]: the first j + 1 layers in as many stages as so far
     for _ in range(num_stages - 1):
-        shorter = np.concatenate([[np.inf], best[:-1]])
+        shorter = np.concatenate([[np.inf], np.where(np.isinf(cut_bytes), np.inf, best)[:-1]])
         last = done[1:, None] - done[None, :-1]  # work of layers i … j
         best = np.where(last >= 0, np.maximum(last, shorter[None, :]), np.inf).min(axis=1)
     return float(best[-1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ import optax
 from jax.sharding import Sharding
 
 from pdjax import jaxprs
+from pdjax.arguments import taking_key
 from pdjax.batches import (
     BatchSpec,
     check_structure,
@@ -24,6 +24,7 @@ from pdjax.batches import (
     default_num_microbatches,
     describe_batch,
 )
+from pdjax.bookkeeping import inseparable_by_state, inseparable_by_ties
 from pdjax.differentiate import Remat
 from pdjax.graph import LayerGraph, build_graph
 from pdjax.optimizer import UpdateSplit, init_program, split_update
@@ -84,26 +85,6 @@ def make_schedule(settings: Settings, batch_size: int) -> tuple[Schedule, Weight
     return schedule, rule
 
 
-def taking_key(loss_fn: Callable[..., Any], stateful: bool) -> Callable[..., Any]:
-    """`loss_fn` as a function whose last argument is a random key, if it takes none.
-
-    It takes one if its third (with mutable state fourth) positional argument has no default, or
-    has `rng` or `key` in its name.
-    """
-    before = 2 + stateful
-    try:
-        parameters = list(inspect.signature(loss_fn).parameters.values())
-    except (TypeError, ValueError):
-        return loss_fn
-    by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(by_position) < before or any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return loss_fn
-    last = by_position[before] if len(by_position) > before else None
-    if last and (last.default is last.empty or "rng" in last.name or "key" in last.name):
-        return loss_fn
-    return lambda *arguments: loss_fn(*arguments[:-1])
-
-
 class Prepared:
     """A pipeline that is ready to run.
 
@@ -132,7 +113,7 @@ class Prepared:
         self._spec = describe_batch(batch, settings.batch_axes)
         self.schedule, self.rule = make_schedule(settings, self._spec.size)
         graph = self._graph(settings.loss_fn, self._microbatch(self._spec))
-        self.plan = make_plan(settings, graph)
+        self.plan = make_plan(settings, graph, self.schedule)
         self.split = split(graph, self.plan.first_layers)
         self.update = self._split_optimizer()
         self.state_homes = _state_homes(self.split)
@@ -194,6 +175,7 @@ class Prepared:
             stage,
             self._settings.placements[stage],
             donate_weights=peak_versions(worker, stage, self.rule) == 1,
+            divisor=_divisor(self.split),
         )
 
     def _compile(self, spec: BatchSpec, stages: StageSplit) -> Passes:
@@ -291,7 +273,7 @@ class Prepared:
     def feed(self, batch: Any) -> Feed:
         """Moves a minibatch to the stages that read it."""
         leaves, tree = jax.tree.flatten(batch)
-        shapes = (tree, *((jnp.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves))
+        shapes = (tree, *map(_appearance, leaves))
         if shapes not in self._known:
             spec = describe_batch(batch, self._settings.batch_axes)
             self._known[shapes] = self._passes_for(spec)
@@ -323,13 +305,16 @@ class Prepared:
         return {i: run.stages[homes[0]].model[i] for i, homes in enumerate(self.state_homes)}
 
 
-def make_plan(settings: Settings, graph: LayerGraph) -> Plan:
-    """The plan that was asked for, checked against the model's layers."""
+def make_plan(settings: Settings, graph: LayerGraph, schedule: Schedule) -> Plan:
+    """The plan that was asked for, checked against the model's layers, or a balanced one."""
     names = graph.names
     work = [layer.flops for layer in graph.layers]
     if settings.plan is None:
         cut_bytes = [layer.cut_bytes for layer in graph.layers]
-        return balanced_plan(names, work, cut_bytes, settings.num_stages)
+        together = inseparable_by_state(graph)
+        if not schedule.flushes:
+            together += inseparable_by_ties(graph)
+        return balanced_plan(names, work, cut_bytes, settings.num_stages, together)
     if not isinstance(settings.plan, Plan):
         return manual_plan(names, work, settings.plan)
     if settings.plan.layers != names:
@@ -362,6 +347,12 @@ def _refuse_mixing(update: UpdateSplit, schedule: Schedule) -> None:
         )
 
 
+def _divisor(stages: StageSplit) -> jax.ShapeDtypeStruct:
+    """What the gradients of a minibatch are divided by: its microbatches, or its weight."""
+    weight = stages.traced.weight
+    return jax.ShapeDtypeStruct((), jnp.float32 if weight is None else jaxprs.aval(weight).dtype)
+
+
 def _state_homes(stages: StageSplit) -> tuple[tuple[int, ...], ...]:
     """For each leaf of the mutable state the stages that hold it: its writer, or all readers."""
     homes = []
@@ -381,6 +372,13 @@ def _average(parts: Sequence[Values]) -> Values:
         else column[-1]
         for column in zip(*parts, strict=True)
     )
+
+
+def _appearance(leaf: Any) -> Any:
+    """Equal for leaves that have the same shape and dtype, and quicker to make than these."""
+    if not hasattr(leaf, "dtype"):
+        return type(leaf), np.shape(leaf)
+    return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)
 
 
 def _describe(spec: BatchSpec) -> str:

@@ -15,11 +15,13 @@ however many stages lie between.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 from pdjax import jaxprs
+from pdjax.bookkeeping import place_bookkeeping, state_conflict
 from pdjax.graph import LayerGraph
 from pdjax.jaxprs import Atom, Equation, Var
 from pdjax.tracing import Kind, TracedLoss
@@ -97,28 +99,29 @@ def split(graph: LayerGraph, first_layers: Sequence[int]) -> StageSplit:
 
     Args:
         graph: the layers.
-        first_layers: for each stage the index of its first layer: 0, then ascending.
+        first_layers: for each stage the index of its first layer, in order from 0. A stage that
+            begins where the next one does is empty.
 
     Raises:
-        ValueError: if the cuts are not ascending layer indices, or separate the equations that
+        ValueError: if the cuts are not layer indices in order, or separate the equations that
             read a mutable state from those that write it.
     """
     _check_cuts(graph, first_layers)
     stage_of = _stage_of_equations(graph, first_layers)
     num_stages = len(first_layers)
-    _keep_state_together(graph.traced, stage_of)
+    place_bookkeeping(graph.traced, stage_of)
     placer = _Placer(graph.traced, stage_of, num_stages)
     return placer.place()
 
 
 def _check_cuts(graph: LayerGraph, first_layers: Sequence[int]) -> None:
-    ascending = all(a < b for a, b in pairwise(first_layers))
-    if not first_layers or first_layers[0] != 0 or not ascending:
+    in_order = all(a <= b for a, b in pairwise(first_layers))
+    if not first_layers or first_layers[0] != 0 or not in_order:
         raise ValueError(
-            f"a stage starts at each of the layers {list(first_layers)}; expected ascending "
-            "layer indices that begin with 0."
+            f"a stage starts at each of the layers {list(first_layers)}; expected layer indices "
+            "in order that begin with 0."
         )
-    if first_layers[-1] >= max(len(graph.layers), 1):
+    if first_layers[-1] > len(graph.layers):
         raise ValueError(
             f"a stage starts at layer {first_layers[-1]}, but the model has only "
             f"{len(graph.layers)} layers (0 to {len(graph.layers) - 1}): use fewer stages."
@@ -127,57 +130,11 @@ def _check_cuts(graph: LayerGraph, first_layers: Sequence[int]) -> None:
 
 def _stage_of_equations(graph: LayerGraph, first_layers: Sequence[int]) -> dict[int, int]:
     """For each equation of the line (by its position in the program) its stage."""
-    starts = {graph.layers[layer].start for layer in first_layers[1:]}
-    stage_of, stage = {}, 0
-    for at, position in enumerate(graph.line):
-        stage += at in starts
-        stage_of[position] = stage
+    stage_of = {}
+    for number, layer in enumerate(graph.layers):
+        stage = bisect_right(first_layers, number) - 1
+        stage_of |= dict.fromkeys(graph.line[layer.start : layer.stop], stage)
     return stage_of
-
-
-# ---------------------------------------------------------------- mutable state
-
-
-def _keep_state_together(traced: TracedLoss, stage_of: dict[int, int]) -> None:
-    """Moves the equations that only update a state to the stage of its last writer.
-
-    A BatchNorm that two stages share updates its statistics in both. Those few equations go to
-    the later stage, which gets the batch statistics of the earlier one sent, so that the updates
-    happen once per microbatch and in order. What the loss itself depends on is never moved.
-    """
-    on_loss_path = set(jaxprs.needed(traced.equations, [traced.loss]))
-    moved = True
-    while moved:
-        moved = False
-        for index, (old, new) in enumerate(zip(traced.state, traced.new_state, strict=True)):
-            writer = stage_of.get(traced.maker.get(new, -1)) if isinstance(new, Var) else None
-            if writer is None:
-                continue
-            for position in _dependents(traced, old):
-                if stage_of.get(position, writer) < writer:
-                    if position in on_loss_path:
-                        raise ValueError(_state_conflict(traced, index, stage_of[position], writer))
-                    stage_of[position] = writer
-                    moved = True
-
-
-def _dependents(traced: TracedLoss, var: Var) -> list[int]:
-    """Positions of the equations that depend on `var`."""
-    reached = {var}
-    found = []
-    for position, equation in enumerate(traced.equations):
-        if reached.intersection(jaxprs.variables(equation.invars)):
-            reached.update(equation.outvars)
-            found.append(position)
-    return found
-
-
-def _state_conflict(traced: TracedLoss, index: int, reader: int, writer: int | None) -> str:
-    return (
-        f"model_state {traced.state_names[index]!r} is read on stage {reader} and "
-        f"updated on stage {writer}, so a microbatch could not start before the one before it "
-        "has left the pipeline. Choose cuts that keep both in one stage."
-    )
 
 
 # ---------------------------------------------------------------- placement
@@ -284,6 +241,8 @@ class _Placer:
             for position, stage in self.stage_of.items()
             if old in jaxprs.variables(self.traced.equations[position].invars)
         ]
+        if not readers and isinstance(new, Var) and self.traced.kind(new) is Kind.PARAMETER:
+            return self.earliest[new]
         return max(readers, default=self.num_stages - 1)
 
     def _supply(self, pending: list[tuple[Var, int]]) -> None:
@@ -325,7 +284,7 @@ class _Placer:
             for stage in range(self.num_stages):
                 reads = self.traced.state[index] in self.inputs[stage]
                 if reads and writer not in (None, stage):
-                    raise ValueError(_state_conflict(self.traced, index, stage, writer))
+                    raise ValueError(state_conflict(self.traced, index, stage, writer))
 
     def _stage(
         self, stage: int, updates: Sequence[int | None], results: Sequence[int | None]

@@ -14,7 +14,7 @@ and whatever has a side effect is on the line, where it runs once.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -141,8 +141,9 @@ def trace_loss(
 
     Raises:
         ValueError: if the result has another form, the loss is not a real scalar or depends on
-            nothing, a parameter cannot be differentiated, or the function uses what cannot be
-            cut (ordered effects, mutable arrays, sharding annotations).
+            nothing, a metric is called "loss" and is something else, a parameter cannot be
+            differentiated, or the function uses what cannot be cut (ordered effects, mutable
+            arrays, sharding annotations).
     """
     param_leaves, param_tree = jax.tree.flatten(params)
     state_leaves, state_tree = jax.tree.flatten(model_state)
@@ -156,17 +157,19 @@ def trace_loss(
         if model_state is not None:
             arguments.insert(1, jax.tree.unflatten(state_tree, s))
         result = loss_fn(*arguments)
-        loss, new_state, metrics = _read_result(result, model_state, weighted_loss)
+        loss, new_state, metrics = read_result(result, model_state, weighted_loss)
         total, weight = _read_loss(loss, weighted_loss)
         metric_leaves, tree = jax.tree.flatten(metrics)
         outputs.metrics_tree = None if metrics is None else tree
-        return total, weight, new_state, [jnp.asarray(leaf) for leaf in metric_leaves]
+        return total, weight, new_state, list(map(_as_metric, metric_leaves))
 
     shapes = jax.tree.map(shape_of, (param_leaves, state_leaves, batch_leaves, rng))
     program, _ = jaxprs.trace(flat, *shapes)
     _check_supported(program)
     _check_equal_state(program.outvars[2 : 2 + len(state_leaves)], state_leaves, state_names)
-    return _assemble(program, param_names, state_names, len(batch_leaves), weighted_loss, outputs)
+    traced = _assemble(program, param_names, state_names, len(batch_leaves), weighted_loss, outputs)
+    _check_metric_names(traced)
+    return traced
 
 
 def _assemble(
@@ -214,8 +217,14 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, tuple | list) and len(value) == 2
 
 
-def _read_result(result: Any, model_state: Any, weighted: bool) -> tuple[Any, list[Any], Any]:
-    """Splits the function's result into (loss, leaves of the new state, metrics)."""
+def read_result(result: Any, model_state: Any, weighted: bool) -> tuple[Any, list[Any], Any]:
+    """Splits a loss function's result into (loss, leaves of the new state, metrics).
+
+    Args:
+        result: what the function returned.
+        model_state: the mutable state that it was given, or None if it takes none.
+        weighted: whether the loss is a pair (sum, weight).
+    """
     is_pair = _is_pair(result)
     if model_state is None:
         has_metrics = is_pair and (not weighted or _is_pair(result[0]))
@@ -243,7 +252,14 @@ def _read_loss(loss: Any, weighted: bool) -> tuple[Any, Any]:
     value, weight = loss if weighted else (loss, 1.0)
     _check_scalar(value, "loss", (jnp.floating,))
     _check_scalar(weight, "weight", (jnp.floating, jnp.integer))
-    return jnp.asarray(value), jax.lax.stop_gradient(jnp.asarray(weight, jnp.float32))
+    dtype = jnp.promote_types(jnp.result_type(value), jnp.float32)
+    return jnp.asarray(value), jax.lax.stop_gradient(jnp.asarray(weight, dtype))
+
+
+def _as_metric(leaf: Any) -> jax.Array:
+    """A metric as an array; of a condition the share of microbatches in which it holds."""
+    value = jnp.asarray(leaf)
+    return value.astype(jnp.float32) if value.dtype == bool and value.shape == () else value
 
 
 def _check_scalar(value: Any, what: str, allowed: tuple[Any, ...]) -> None:
@@ -295,6 +311,18 @@ def _check_equal_state(new: Sequence[Atom], old: list[Any], names: tuple[str, ..
                 f"model_state {name!r} goes in as {before.dtype}{list(before.shape)} and comes "
                 f"out as {after.dtype}{list(after.shape)}; expected the same shape and dtype."
             )
+
+
+def _check_metric_names(traced: TracedLoss) -> None:
+    """Raises ValueError if a metric is called "loss" and is another value than the loss."""
+    if traced.metrics_tree is None:
+        return
+    metrics = jax.tree.unflatten(traced.metrics_tree, traced.metrics)
+    if isinstance(metrics, Mapping) and metrics.get("loss", traced.loss) is not traced.loss:
+        raise ValueError(
+            "loss_fn returns a metric called 'loss' that is not the loss itself, which pdjax "
+            "reports by that name. Give the metric another name."
+        )
 
 
 # ---------------------------------------------------------------- what depends on what

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import Sharding, SingleDeviceSharding
 
 
 def leaf_names(tree: Any) -> tuple[str, ...]:
@@ -24,12 +24,19 @@ def leaf_names(tree: Any) -> tuple[str, ...]:
 
 
 def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
-    """The shape and dtype that JAX gives to `leaf`: an array, a number or a shape."""
+    """The shape and dtype that JAX gives to `leaf`: an array, a number or a shape.
+
+    Weak types are kept: a Python number takes on the dtype of what it meets.
+    """
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        weak = isinstance(leaf, int | float | complex) and not isinstance(leaf, bool)
         leaf = np.asarray(leaf)
+    else:
+        weak = getattr(leaf, "weak_type", False)
     if is_key(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
+    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, weak_type=weak)
 
 
 def is_key(leaf: Any) -> bool:
@@ -38,8 +45,16 @@ def is_key(leaf: Any) -> bool:
 
 
 def own_copy(leaf: Any) -> Any:
-    """`leaf`, safe from later writes: host memory is copied, a jax.Array cannot be written to."""
-    return leaf if isinstance(leaf, jax.Array) else np.array(leaf)
+    """`leaf`, safe from later writes and on no more than one device.
+
+    Host memory is copied; a jax.Array cannot be written to.
+    """
+    if not isinstance(leaf, jax.Array):
+        return np.array(leaf)
+    sharding = leaf.sharding
+    if isinstance(sharding, SingleDeviceSharding) or len(sharding.device_set) == 1:
+        return leaf
+    return jax.device_put(leaf, min(sharding.device_set, key=lambda device: device.id))
 
 
 def place(leaf: Any, placement: Sharding) -> jax.Array:

@@ -24,7 +24,7 @@ WEIGHT_BYTES = WIDTH * WIDTH * 2  # of the smallest copy of one weight there cou
 def programs(loss_fn, params, starts=(0, 2, 4), stage=1, remat: Any = "none") -> StagePrograms:
     batch = np.ones((ROWS, WIDTH), np.float32)
     stages = split(build_graph(loss_fn, params, batch, KEY), starts)
-    return differentiate(stages, stages.stages[stage], remat)
+    return differentiate(stages, [remat] * len(starts))[stage]
 
 
 def weights(count=6):

@@ -517,7 +517,7 @@ def test_state_read_on_a_stage_after_the_one_that_writes_it_is_refused():
     def loss_fn(params, state, batch, rng):
         x = jnp.tanh(batch["x"] @ params["w0"])
         new = 0.9 * state["scale"] + x.mean()
-        y = jnp.tanh(x @ params["w1"]) * state["scale"]
+        y = jnp.tanh((x * new) @ params["w1"]) * state["scale"]
         return jnp.mean((y - batch["y"]) ** 2), {"scale": new}
 
     batch = zoo.dense_blocks().make_batch(4, 0)

@@ -485,9 +485,7 @@ def test_a_schedule_written_by_hand_is_run_as_it_stands():
     batch = case.make_batch(6, 0)
     state = pipe.init(case.params, batch, rng=KEY)
     seen: list[tuple[str, int, int]] = []
-    prepared = pipe._prepared
-    assert prepared is not None
-    prepared.executor.observer = lambda kind, stage, k, made: seen.append((kind, stage, k))
+    state.executor.observer = lambda kind, stage, k, made: seen.append((kind, stage, k))
     state, _ = pipe.step(state, batch)
     for s in range(2):
         mine = [f"{stage}{kind}{k}" for kind, stage, k in seen if stage == s]
@@ -502,10 +500,8 @@ def test_a_schedule_written_by_hand_is_run_as_it_stands():
 @pytest.mark.parametrize("schedule", ALGORITHMS)
 def test_executed_order_is_planned_order(schedule):
     pipe, state, batch = make(schedule=schedule, num_stages=3)
-    prepared = pipe._prepared
-    assert prepared is not None
     seen: list[tuple[str, int, int]] = []
-    prepared.executor.observer = lambda kind, stage, k, made: seen.append((kind, stage, k))
+    state.executor.observer = lambda kind, stage, k, made: seen.append((kind, stage, k))
     for _ in range(4):
         state, _ = pipe.step(state, batch)
     pipe.drain(state)

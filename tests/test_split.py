@@ -202,7 +202,7 @@ def test_state_belongs_to_the_stage_that_writes_it():
     assert [[names[i] for i in stage.state] for stage in stages] == [["first"], ["fixed", "second"]]
 
 
-@pytest.mark.parametrize("starts", [(), (1,), (0, 2, 1), (0, 4)])
+@pytest.mark.parametrize("starts", [(), (1,), (0, 2, 1), (0, 5)])
 def test_cuts_that_make_no_sense(starts):
     with pytest.raises(ValueError, match="layer"):
         split(build_graph(chain, weights(4), BATCH, KEY), starts)

@@ -63,9 +63,7 @@ def counted(schedule, params, batch, num_stages, num_microbatches, steps=4):
             }
             peak.update({kind: max(peak[kind], now[kind]) for kind in KINDS})
 
-    prepared = pipe._prepared
-    assert prepared is not None
-    prepared.executor.observer = observe
+    state.executor.observer = observe
     for _ in range(steps * num_stages):
         state, _ = pipe.step(state, batch)
     return peaks

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
+import jax.numpy as jnp
 from jax.sharding import Sharding
 
+from pdjax import jaxprs
 from pdjax.differentiate import forward_only
 from pdjax.jaxprs import Var
 from pdjax.runtime.passes import place_consts
 from pdjax.runtime.placed import Values, placed
-from pdjax.runtime.results import mean_of_results
+from pdjax.runtime.results import Merge, mean_of_results
 from pdjax.runtime.stage import OutputIndex
 from pdjax.split import StageSplit
 
@@ -41,9 +42,9 @@ class Evaluation:
             self._runs.append(placed(run, placement))
             self._indices.append(index)
         self._consts = place_consts(split, placements)
-        no_axes = [None] * len(split.traced.metrics)
         weighted = split.traced.weight is not None
-        self._combine = mean_of_results(1, weighted, no_axes, placements[-1])
+        merges: list[Merge] = ["same"] * len(split.traced.metrics)
+        self._combine = mean_of_results(1, weighted, merges, placements[-1])
 
     def run(
         self,
@@ -62,7 +63,7 @@ class Evaluation:
         """
         made: dict[Var, Any] = {}
         results: dict[int, Any] = {
-            at: np.asarray(atom.val)
+            at: jnp.asarray(atom.val, jaxprs.aval(atom).dtype)
             for at, atom in enumerate(self._split.results)
             if not isinstance(atom, Var)
         }

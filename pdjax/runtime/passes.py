@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
+import jax.numpy as jnp
 from jax.sharding import Sharding
 
+from pdjax import jaxprs
 from pdjax.differentiate import Remat, StagePrograms, differentiate
 from pdjax.jaxprs import Var
 from pdjax.runtime.intake import Slicing
 from pdjax.runtime.placed import Values
-from pdjax.runtime.results import mean_of_results
+from pdjax.runtime.results import Merge, mean_of_results
 from pdjax.runtime.stage import StageRunner
 from pdjax.runtime.update import UpdateRunner
 from pdjax.schedules import Schedule, dispatch_order
@@ -70,9 +71,7 @@ class Passes:
         metric_axes: Sequence[int | None],
     ) -> None:
         self.split = split
-        programs = [
-            differentiate(split, stage, how) for stage, how in zip(split.stages, remat, strict=True)
-        ]
+        programs = differentiate(split, remat)
         self.stages = tuple(
             StageRunner(program, placement, update)
             for program, placement, update in zip(programs, placements, updates, strict=True)
@@ -83,15 +82,16 @@ class Passes:
         self.slicing = slicing
         self.num_results = len(split.results)
         self.constants = {
-            at: np.asarray(atom.val)
+            at: jnp.asarray(atom.val, jaxprs.aval(atom).dtype)
             for at, atom in enumerate(split.results)
             if not isinstance(atom, Var)
         }
+        merges: list[Merge] = ["combine" if axis is None else axis for axis in metric_axes]
+        for at in self.constants:  # the first result, the loss, is none
+            if at > self.weighted:
+                merges[at - 1 - self.weighted] = "same"
         self.combine = mean_of_results(
-            slicing.num_microbatches,
-            split.traced.weight is not None,
-            metric_axes,
-            placements[-1],
+            slicing.num_microbatches, self.weighted, merges, placements[-1]
         )
 
     def _longest_fusions(

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from pdjax.runtime.placed import Values
+from pdjax.trees import is_key
+
+Merge = int | Literal["combine", "same"]
+"""How the metrics of microbatches become one: concatenated along an axis, combined into a mean or
+a sum, or all the same."""
 
 
 def mean_of_results(
     num_microbatches: int,
     weighted: bool,
-    axes: Sequence[int | None],
+    merges: Sequence[Merge],
     placement: Sharding,
 ) -> Any:
     """The function that makes a minibatch's results out of its microbatches'.
 
     It takes a tuple of results (loss, weight if `weighted`, metrics) for each microbatch and
-    returns ``(loss, weight, metrics)``. A metric that has a batch axis is concatenated along it;
-    of the others the real ones are averaged (by weight) and the integers summed.
+    returns ``(loss, weight, metrics)``. Metrics that are to be combined are averaged (by weight),
+    but integers summed; of random keys the last one is taken.
     """
 
     def combine(results: Sequence[Values]) -> tuple[Any, Any, Values]:
@@ -30,25 +35,29 @@ def mean_of_results(
         if weighted:
             weights = jnp.stack([result[1] for result in results])
         else:
-            weights = jnp.ones(num_microbatches, jnp.float32)
+            weights = jnp.ones(num_microbatches, jnp.promote_types(losses.dtype, jnp.float32))
         total = weights.sum()
         loss = (losses if weighted else losses * weights).sum() / total
         columns = zip(*(result[1 + weighted :] for result in results), strict=True)
         metrics = tuple(
-            _merge(column, axis, weights / total)
-            for column, axis in zip(columns, axes, strict=True)
+            _merge(column, how, weights / total)
+            for column, how in zip(columns, merges, strict=True)
         )
         return loss.astype(losses.dtype), total, metrics
 
     return jax.jit(combine, in_shardings=placement, out_shardings=placement)
 
 
-def _merge(parts: Sequence[Any], axis: int | None, shares: Any) -> Any:
-    if len(parts) == 1:
+def _merge(parts: Sequence[Any], how: Merge, shares: Any) -> Any:
+    if len(parts) == 1 or how == "same":
         return parts[0]
-    if axis is not None:
-        return jnp.concatenate(parts, axis)
+    if isinstance(how, int):
+        return jnp.concatenate(parts, how)
+    if is_key(parts[0]):
+        return parts[-1]
     stacked = jnp.stack(parts)
-    if not jnp.issubdtype(stacked.dtype, jnp.inexact):
-        return stacked.sum(0).astype(stacked.dtype) if stacked.dtype != bool else stacked.sum(0)
+    if jnp.issubdtype(stacked.dtype, jnp.integer):
+        return stacked.sum(0).astype(stacked.dtype)
+    if stacked.dtype == bool:
+        stacked = stacked.astype(jnp.float32)
     return jnp.tensordot(shares.astype(stacked.dtype), stacked, axes=1)

@@ -117,9 +117,8 @@ class StageRunner:
         )
 
     def _cotangent_shapes(self) -> Values:
-        targets = self.programs.stage.targets
-        pairs = zip(self.programs.cotangents, self.programs.gradient_sends, strict=True)
-        return tuple(_shapes([var]) * len(targets[at]) for var, at in pairs)
+        pairs = zip(self.programs.cotangents, self.programs.returners, strict=True)
+        return tuple(_shapes([var]) * len(returners) for var, returners in pairs)
 
     def _reads(self, program: Program) -> Reads:
         read = set(program.reads)

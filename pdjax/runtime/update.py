@@ -40,6 +40,7 @@ class UpdateRunner:
         placement: Sharding,
         *,
         donate_weights: bool,
+        divisor: jax.ShapeDtypeStruct,
     ) -> None:
         self._split = split
         self._stage = stage
@@ -49,6 +50,7 @@ class UpdateRunner:
             tuple(sorted({source for _, source in group})) for group in self._update.receives
         )
         self.donates_weights = donate_weights
+        self._divisor = divisor
         donated = (0, 1) if donate_weights else (1, 2)  # the new weights take the place of one
         self.phases = tuple(
             placed(self._phase(k), placement, donate=donated if k == self.num_phases - 1 else ())
@@ -62,13 +64,12 @@ class UpdateRunner:
 
     def lowerings(self) -> Iterator[Callable[[], Any]]:
         """Functions that lower each phase."""
-        divisor = jax.ShapeDtypeStruct((), jnp.float32)
         weights = _shapes(self._split.params, self._update.params)
         state = self.state_shapes
         packs: list[dict[int, Any]] = []
         for phase, run in enumerate(self.phases):
             if phase == self.num_phases - 1 or self.sends(phase):
-                yield partial(run.lower, weights, state, weights, tuple(packs), divisor)
+                yield partial(run.lower, weights, state, weights, tuple(packs), self._divisor)
             packs.append({s: self._pack_shape(s, phase) for s in self._sources_after(phase)})
 
     @property

@@ -1,0 +1,153 @@
+"""Reads and checks what a person hands to a `Pipeline`, before anything is traced."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from pdjax.differentiate import Remat
+from pdjax.planner import Plan
+from pdjax.schedules import Schedule, find_algorithm
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raises ValueError if `optimizer` is no optax optimizer."""
+    if not callable(getattr(optimizer, "init", None)):
+        called = ", called with its settings" if callable(optimizer) else ""
+        raise ValueError(
+            f"optimizer={optimizer!r}; expected an optax optimizer{called}, such as "
+            "optax.adam(1e-3)."
+        )
+
+
+def check_rng(rng: Any) -> None:
+    """Raises ValueError if `rng` is no random key."""
+    if not hasattr(rng, "dtype"):
+        raise ValueError(f"rng={rng!r}; expected a random key, such as jax.random.key(0).")
+
+
+def choose_placements(
+    schedule: str | Schedule,
+    num_stages: int | None,
+    devices: Sequence[Any] | None,
+    plan: Plan | Sequence[str] | None,
+) -> tuple[Sharding, ...]:
+    """One placement for each stage, the first of the devices."""
+    wishes: dict[str, int | None] = {"num_stages": num_stages}
+    if isinstance(schedule, Schedule):
+        wishes["the schedule"] = schedule.num_stages
+    elif isinstance(schedule, str):
+        find_algorithm(schedule)
+    else:
+        raise ValueError(
+            f"schedule={schedule!r}; expected a name such as 'one_f_one_b', or a Schedule such as "
+            "pdjax.one_f_one_b(num_stages=4, num_microbatches=8)."
+        )
+    if isinstance(plan, str):
+        raise ValueError(f"plan={plan!r}; expected a Plan or a list of names: plan=[{plan!r}].")
+    if plan is not None:
+        wishes["the plan"] = plan.num_stages if isinstance(plan, Plan) else len(plan) + 1
+    given = {name: count for name, count in wishes.items() if count is not None}
+    if len(set(given.values())) > 1:
+        raise ValueError(f"these disagree about the number of stages: {given}.")
+    available = _available(devices)
+    count = next(iter(given.values()), len(available))
+    if not 1 <= count <= len(available):
+        raise ValueError(
+            f"{count} stages need as many devices, but there are {len(available)}: {available}. "
+            f"Use num_stages={len(available)} or fewer, or more devices; on a CPU call "
+            f"jax.config.update('jax_num_cpu_devices', {count}) before JAX is first used."
+        )
+    return tuple(map(_placement, available[:count]))
+
+
+def _available(devices: Sequence[Any] | None) -> list[Any]:
+    if devices is None:
+        return list(jax.devices())
+    try:
+        available = list(devices)
+    except TypeError:
+        available = []
+    if not available:
+        raise ValueError(
+            f"devices={devices!r}; expected a list with one device for each stage, such as "
+            "jax.devices()."
+        )
+    return available
+
+
+def _placement(device: Any) -> Sharding:
+    if isinstance(device, jax.Device):
+        return SingleDeviceSharding(device)
+    if not isinstance(device, Sharding) or len(device.device_set) > 1:
+        raise ValueError(
+            f"devices holds {device!r}; expected jax.Device objects, or shardings of one device "
+            "each: a stage cannot be spread over several devices yet."
+        )
+    return device
+
+
+def choose_num_microbatches(schedule: str | Schedule, wish: int | None) -> int | None:
+    """The number of microbatches, if it is known already."""
+    if wish is not None and wish < 1:
+        raise ValueError(f"num_microbatches={wish}; expected at least 1.")
+    if isinstance(schedule, Schedule):
+        if wish not in (None, schedule.num_microbatches):
+            raise ValueError(
+                f"num_microbatches={wish}, but the schedule is for {schedule.num_microbatches}."
+            )
+        return schedule.num_microbatches
+    return wish
+
+
+def for_each_stage(remat: Remat | Sequence[Remat], num_stages: int) -> tuple[Remat, ...]:
+    """What each stage recomputes."""
+    each: tuple[Any, ...] = (remat,) * num_stages
+    if not isinstance(remat, str) and not callable(remat):
+        each = tuple(remat)
+    if len(each) != num_stages:
+        raise ValueError(f"remat has {len(each)} entries for {num_stages} stages.")
+    for how in each:
+        if not callable(how):
+            one_of("remat", how, ("none", "full"))
+    return each
+
+
+def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> Any:
+    """`value`, if it is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}; expected one of {', '.join(map(repr, allowed))}.")
+    return value
+
+
+def taking_key(loss_fn: Callable[..., Any], stateful: bool) -> Callable[..., Any]:
+    """`loss_fn` as a function whose last positional argument is a random key, if it takes none.
+
+    It takes one if its third argument (with mutable state the fourth) has no default or is called
+    `rng`, `key` or `something_rng`, or if it must be given one of these by name.
+    """
+    before = 2 + stateful
+    try:
+        parameters = list(inspect.signature(loss_fn).parameters.values())
+    except (TypeError, ValueError):
+        return loss_fn
+    by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(by_position) < before or any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return loss_fn
+    if len(by_position) > before:
+        last = by_position[before]
+        if last.default is last.empty or _names_key(last.name):
+            return loss_fn
+    for parameter in parameters:
+        if parameter.kind is parameter.KEYWORD_ONLY and _names_key(parameter.name):
+            name = parameter.name
+            return lambda *arguments: loss_fn(*arguments[:-1], **{name: arguments[-1]})
+    return lambda *arguments: loss_fn(*arguments[:-1])
+
+
+def _names_key(name: str) -> bool:
+    return name in ("rng", "rngs", "key", "prng") or name.endswith(("_rng", "_key"))
