@@ -138,10 +138,11 @@ class _Placer:
     def _home(self, index: int, together: Sequence[int]) -> int:
         """The stage for a leaf of the state: that of those who read it for the loss."""
         old, new = self.traced.state[index], self.traced.new_state[index]
+        movable = set(self.movable)
         fixed = {
             stage
             for position, stage in self.stage_of.items()
-            if position not in self.movable and old in self.inputs(position)
+            if position not in movable and old in self.inputs(position)
         }
         writer = self.traced.maker.get(new, -1) if isinstance(new, Var) else -1
         needs = [
