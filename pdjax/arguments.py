@@ -13,6 +13,10 @@ from pdjax.differentiate import Remat
 from pdjax.planner import Plan
 from pdjax.schedules import Schedule, find_algorithm
 
+_KEY_NAMES = frozenset(
+    {"rng", "rngs", "key", "prng", "rng_key", "prng_key", "random_key", "dropout_key"}
+)
+
 
 def check_optimizer(optimizer: Any) -> None:
     """Raises ValueError if `optimizer` is no optax optimizer."""
@@ -59,7 +63,8 @@ def choose_placements(
     if not 1 <= count <= len(available):
         raise ValueError(
             f"{count} stages need as many devices, but there are {len(available)}: {available}. "
-            f"Use num_stages={len(available)} or fewer, or more devices; on a CPU call "
+            f"Use num_stages={len(available)} or fewer (--num-stages on the command line), or more "
+            "devices. A CPU has as many as you like: set JAX_PLATFORMS=cpu, and call "
             f"jax.config.update('jax_num_cpu_devices', {count}) before JAX is first used."
         )
     return tuple(map(_placement, available[:count]))
@@ -67,7 +72,7 @@ def choose_placements(
 
 def _available(devices: Sequence[Any] | None) -> list[Any]:
     if devices is None:
-        return list(jax.devices())
+        return list(jax.local_devices())
     try:
         available = list(devices)
     except TypeError:
@@ -127,8 +132,9 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> Any:
 def taking_key(loss_fn: Callable[..., Any], stateful: bool) -> Callable[..., Any]:
     """`loss_fn` as a function whose last positional argument is a random key, if it takes none.
 
-    It takes one if its third argument (with mutable state the fourth) has no default or is called
-    `rng`, `key` or `something_rng`, or if it must be given one of these by name.
+    It takes one if its third argument (with mutable state the fourth) has no default, or has the
+    name of a key (`rng`, `key`, `dropout_rng` and the like), or if it takes such a one by name
+    only.
     """
     before = 2 + stateful
     try:
@@ -150,4 +156,4 @@ def taking_key(loss_fn: Callable[..., Any], stateful: bool) -> Callable[..., Any
 
 
 def _names_key(name: str) -> bool:
-    return name in ("rng", "rngs", "key", "prng") or name.endswith(("_rng", "_key"))
+    return name in _KEY_NAMES or name.endswith("_rng")

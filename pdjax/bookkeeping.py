@@ -14,7 +14,7 @@ from functools import cached_property
 
 from pdjax import jaxprs
 from pdjax.graph import LayerGraph
-from pdjax.jaxprs import Var
+from pdjax.jaxprs import Atom, Var
 from pdjax.tracing import TracedLoss
 
 
@@ -39,12 +39,8 @@ def inseparable_by_state(graph: LayerGraph) -> list[tuple[int, int]]:
     for old, new in zip(traced.state, traced.new_state, strict=True):
         if new is old:
             continue
-        touching = [
-            layer_of[position]
-            for position in on_path.intersection(layer_of)
-            if old in jaxprs.variables(traced.equations[position].invars)
-            or new in traced.equations[position].outvars
-        ]
+        positions = [*traced.readers.get(old, ()), _maker(traced, new)]
+        touching = [layer_of[at] for at in positions if at in on_path and at in layer_of]
         if touching:
             ranges.append((min(touching), max(touching)))
     return ranges
@@ -71,6 +67,11 @@ def _layers(graph: LayerGraph) -> dict[int, int]:
     }
 
 
+def _maker(traced: TracedLoss, atom: Atom) -> int:
+    """The position of the equation that makes a value; -1 if none does."""
+    return traced.maker.get(atom, -1) if isinstance(atom, Var) else -1
+
+
 def _on_loss_path(traced: TracedLoss) -> set[int]:
     """Positions of the equations that the loss and the metrics depend on."""
     weight = [] if traced.weight is None else [traced.weight]
@@ -87,20 +88,20 @@ class _Placer:
             for old, new in zip(traced.state, traced.new_state, strict=True)
             if new is not old and isinstance(new, Var)
         ]
-        self.movable = [
+        self.movable = {
             position
             for position in jaxprs.needed(traced.equations, changing)
             if position in stage_of
             and position not in self.on_path
             and not jaxprs.has_effects(traced.equations[position])
-        ]
+        }
 
     def inputs(self, position: int) -> list[Var]:
         return jaxprs.variables(self.traced.equations[position].invars)
 
     def move_back(self) -> None:
         """Moves every equation to the first stage that has the values of the line it reads."""
-        for position in self.movable:
+        for position in sorted(self.movable):
             self.stage_of[position] = self._first_stage(position)
 
     def _first_stage(self, position: int) -> int:
@@ -118,33 +119,28 @@ class _Placer:
                 for position in together:
                     moved |= self.stage_of[position] < stage
                     self.stage_of[position] = max(self.stage_of[position], stage)
-            for position in self.movable:
+            for position in sorted(self.movable):
                 first = self._first_stage(position)
                 moved |= self.stage_of[position] < first
                 self.stage_of[position] = max(self.stage_of[position], first)
 
     def _together(self, index: int) -> list[int]:
         """The bookkeeping that depends on a leaf of the state, or makes its new value."""
-        new = self.traced.new_state[index]
-        reached = {self.traced.state[index]}
-        found = []
-        for position in self.movable:
-            outvars = self.traced.equations[position].outvars
-            if reached.intersection(self.inputs(position)) or new in outvars:
-                reached.update(outvars)
-                found.append(position)
-        return found
+        found = {_maker(self.traced, self.traced.new_state[index])} & self.movable
+        pending = [self.traced.state[index]]
+        while pending:
+            readers = self.traced.readers.get(pending.pop(), ())
+            for position in self.movable.intersection(readers) - found:
+                found.add(position)
+                pending += self.traced.equations[position].outvars
+        return sorted(found)
 
     def _home(self, index: int, together: Sequence[int]) -> int:
         """The stage for a leaf of the state: that of those who read it for the loss."""
         old, new = self.traced.state[index], self.traced.new_state[index]
-        movable = set(self.movable)
-        fixed = {
-            stage
-            for position, stage in self.stage_of.items()
-            if position not in movable and old in self.inputs(position)
-        }
-        writer = self.traced.maker.get(new, -1) if isinstance(new, Var) else -1
+        readers = set(self.traced.readers.get(old, ())) - self.movable
+        fixed = {self.stage_of[position] for position in readers if position in self.stage_of}
+        writer = _maker(self.traced, new)
         needs = [
             self.stage_of[position] for position in (*together, writer) if position in self.stage_of
         ]

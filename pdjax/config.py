@@ -44,8 +44,8 @@ class TrainConfig:
     """Decides the initial weights, the order of the data and the dropout."""
 
     output: Path | None = None
-    """Directory for metrics.jsonl, summary.json and timeline.png; must be new or empty. By default
-    runs/MODEL-SCHEDULE-1, or the next number that is free."""
+    """Directory for metrics.jsonl, summary.json and timeline.png; must not hold another
+    run. By default runs/MODEL-SCHEDULE-1, or the next number that is free."""
 
     cuts: tuple[str, ...] = ()
     """Names of the layers or modules that begin the second, third, … stage, to place the cuts by

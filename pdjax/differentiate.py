@@ -159,8 +159,9 @@ def stage_outputs(split: StageSplit, stage: Stage) -> dict[str, tuple[Atom, ...]
 
 
 def forward_only(split: StageSplit, stage: Stage) -> tuple[dict[str, tuple[Var, ...]], Program]:
-    """The inputs and the forward pass of a stage that will not be differentiated."""
-    return stage_inputs(split, stage), Program(stage.equations, stage_outputs(split, stage))
+    """The inputs and the forward pass of a stage that changes nothing: no gradient, no state."""
+    outputs = stage_outputs(split, stage) | {"state": ()}
+    return stage_inputs(split, stage), _program(stage.equations, outputs)
 
 
 # ---------------------------------------------------------------- the joint trace

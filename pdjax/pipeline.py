@@ -48,15 +48,15 @@ class _Training:
 
     Attributes:
         prepared: all that was traced and compiled.
-        params_like: where each parameter came from.
-        model_state_like: where each leaf of the mutable state came from.
+        param_origins: where each parameter came from.
+        model_state_origins: where each leaf of the mutable state came from.
         losses: the losses that were not looked at yet, with their steps.
         broken: what went wrong, if something did.
     """
 
     prepared: Prepared
-    params_like: Any
-    model_state_like: Any
+    param_origins: Any
+    model_state_origins: Any
     losses: deque[tuple[int, Any]] = field(default_factory=deque)
     broken: str | None = None
 
@@ -64,8 +64,8 @@ class _Training:
 class PipelineState:
     """Everything that training changes: weights, optimizer state, what is in flight.
 
-    Made by `Pipeline.init`, passed on by `Pipeline.step` and `Pipeline.drain`. Each may be used
-    once: a step reuses the memory of the state that it is given.
+    Made by `Pipeline.init`, passed on by `Pipeline.step` and `Pipeline.drain`. Each may be given
+    to one of these once: a step reuses the memory of the state that it is given.
 
     Attributes:
         step: number of minibatches handed over so far.
@@ -256,11 +256,11 @@ class Pipeline:
         training = self._training_of(state)
         self._check_losses(training, at_most=self._allowed_ahead - 1)
         feed = training.prepared.feed(batch)
-        run = self._take(state)
         with _breaking_on_errors(training, state.step, BaseException):
+            run = self._take(state)
             loss, metrics = training.prepared.executor.step(run, feed)
-        training.losses.append((state.step, loss))
-        new_state = PipelineState(self, training, run, state.step + 1)
+            training.losses.append((state.step, loss))
+            new_state = PipelineState(self, training, run, state.step + 1)
         return new_state, _as_metrics(loss, metrics, feed.passes.split.traced.metrics_tree)
 
     def drain(self, state: PipelineState) -> PipelineState:
@@ -273,18 +273,28 @@ class Pipeline:
         Raises:
             NonFiniteLossError: if one of these losses is NaN or infinite. `state` is still good
                 then.
+            BrokenPipelineError: if an earlier step failed on a device.
         """
         training = self._training_of(state)
         self._check_losses(training, at_most=0)
-        run = self._take(state)
         with _breaking_on_errors(training, state.step, BaseException):
+            run = self._take(state)
             training.prepared.executor.drain(run)
-        return PipelineState(self, training, run, state.step)
+            return PipelineState(self, training, run, state.step)
 
     def evaluate(self, state: PipelineState, batch: Any) -> Metrics:
         """Computes the loss and the metrics of a batch of any size, forward only.
 
         It reads every stage's newest weights, and changes nothing.
+
+        Args:
+            state: the state; it can be used again.
+            batch: pytree of arrays in the structure that `init` was given. A random key, if the
+                function takes one, is the base key.
+
+        Raises:
+            ValueError: if the batch has another structure.
+            BrokenPipelineError: if an earlier step failed on a device.
         """
         return _as_metrics(*self._training_of(state).prepared.evaluate(state.run, batch))
 
@@ -293,25 +303,29 @@ class Pipeline:
     def params(self, state: PipelineState) -> Any:
         """A copy of each stage's newest parameters, in the structure that `init` was given.
 
+        Each leaf comes back where it came from: to the host if it was a numpy array, else to its
+        device. A model that fits on no single device is best handed in as numpy arrays.
+
         Waits for them. Under an asynchronous schedule, `drain` first to have all stages at the
         same minibatch.
 
         Raises:
             NonFiniteLossError: if a loss that nobody looked at yet is NaN or infinite. Calling
                 again returns the parameters all the same.
+            BrokenPipelineError: if an earlier step failed on a device.
         """
         training = self._training_of(state)
         self._check_losses(training, at_most=0)
         weights = training.prepared.weights(state.run)
         with _breaking_on_errors(training, state.step, Exception):
-            return _gather(training.params_like, weights)
+            return _gather(training.param_origins, weights)
 
     def model_state(self, state: PipelineState) -> Any:
         """A copy of the mutable state, in the structure that `init` was given."""
         training = self._training_of(state)
         model = training.prepared.model(state.run)
         with _breaking_on_errors(training, state.step, Exception):
-            return _gather(training.model_state_like, model)
+            return _gather(training.model_state_origins, model)
 
     def stage_of_parameters(self) -> Any:
         """The number of the stage that holds each parameter, in the structure of the parameters.
@@ -322,7 +336,7 @@ class Pipeline:
         training = self._last_training()
         homes = training.prepared.split.homes
         leaves = [stages[0] if len(stages) == 1 else stages for stages in homes]
-        return jax.tree.unflatten(jax.tree.structure(training.params_like), leaves)
+        return jax.tree.unflatten(jax.tree.structure(training.param_origins), leaves)
 
     @property
     def plan(self) -> Plan:
@@ -335,16 +349,21 @@ class Pipeline:
         return self._last_training().prepared.schedule
 
     def memory(self, state: PipelineState) -> tuple[StageMemory, ...]:
-        """What each stage has held at its peak, counted since `init`."""
+        """What each stage has held at its peak, for batches of the last shape, since `init`."""
         prepared, run = self._training_of(state).prepared, state.run
         passes = run.passes or prepared.passes
+        kinds = [
+            {kind for kind, stage, _ in passes.instructions if stage == index}
+            for index in range(len(run.stages))
+        ]
         return tuple(
             StageMemory(
                 stage=index,
                 weight_bytes=_bytes(held.weights),
                 peak_versions=held.peak_versions,
                 optimizer_bytes=_bytes(held.optimizer),
-                stash_bytes=runner.programs.saved_bytes,
+                gradient_bytes=0 if "FBU" in kinds[index] else _bytes(held.weights),
+                stash_bytes=runner.programs.saved_bytes if "F" in kinds[index] else 0,
                 peak_in_flight=held.peak_in_flight,
             )
             for index, (held, runner) in enumerate(zip(run.stages, passes.stages, strict=True))
@@ -446,14 +465,16 @@ def _breaking_on_errors(
 
 @dataclass(frozen=True)
 class StageMemory:
-    """What one stage holds at its peak.
+    """What one stage holds at its peak, but for batches and values on their way between stages.
 
     Attributes:
         stage: the stage.
         weight_bytes: bytes of one version of its weights.
         peak_versions: the most versions alive at once.
         optimizer_bytes: bytes of its part of the optimizer state.
-        stash_bytes: bytes that the stash keeps for one microbatch in flight.
+        gradient_bytes: bytes of its gradients; 0 if they are applied where they are made.
+        stash_bytes: bytes that the stash keeps for one microbatch in flight; 0 if both passes are
+            one program.
         peak_in_flight: the most microbatches in flight at once.
     """
 
@@ -461,36 +482,55 @@ class StageMemory:
     weight_bytes: int
     peak_versions: int
     optimizer_bytes: int
+    gradient_bytes: int
     stash_bytes: int
     peak_in_flight: int
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes of all versions, the optimizer state and the stash."""
+        """Bytes of all versions, the optimizer state, the gradients and the stash."""
         weights = self.weight_bytes * self.peak_versions
-        return weights + self.optimizer_bytes + self.stash_bytes * self.peak_in_flight
+        fixed = weights + self.optimizer_bytes + self.gradient_bytes
+        return fixed + self.stash_bytes * self.peak_in_flight
 
 
 @dataclass(frozen=True)
 class _Origin:
-    """Where a leaf came from, and so where a copy of it goes."""
+    """Where a leaf came from, and so where a copy of it goes.
 
-    sharding: Sharding | None
+    Attributes:
+        sharding: of an array that is committed to it.
+        device: of any other jax.Array; None for numpy arrays and numbers.
+    """
+
+    sharding: Sharding | None = None
+    device: Any = None
 
     @classmethod
     def of(cls, leaf: Any) -> _Origin:
-        committed = isinstance(leaf, jax.Array) and leaf.committed
-        return cls(leaf.sharding if committed else None)
+        if not isinstance(leaf, jax.Array):
+            return cls()
+        if leaf.committed:
+            return cls(sharding=leaf.sharding)
+        return cls(device=next(iter(leaf.sharding.device_set)))
 
-    def bring_back(self, value: jax.Array) -> jax.Array:
+    def bring_back(self, value: jax.Array) -> Any:
         if is_key(value):
-            return jax.device_put(value, self.sharding, may_alias=False)
-        host = np.asarray(value)
-        return jnp.array(host) if self.sharding is None else jax.device_put(host, self.sharding)
+            return jax.device_put(value, self.sharding or self.device, may_alias=False)
+        host = np.array(value)
+        if self.sharding is not None:
+            return jax.device_put(host, self.sharding)
+        if self.device is None:
+            return host
+        with jax.default_device(self.device):
+            return jnp.array(host)
 
 
 def _gather(origins: Any, values: Mapping[int, Any]) -> Any:
     leaves, tree = jax.tree.flatten(origins)
+    for value in values.values():
+        if not is_key(value):
+            value.copy_to_host_async()
     return jax.tree.unflatten(tree, [leaf.bring_back(values[i]) for i, leaf in enumerate(leaves)])
 
 

@@ -33,7 +33,7 @@ from pdjax.program import Program
 from pdjax.runtime.evaluation import Evaluation
 from pdjax.runtime.executor import Executor, Feed, Run, StageState
 from pdjax.runtime.intake import Intake, Slicing
-from pdjax.runtime.passes import Passes
+from pdjax.runtime.passes import Passes, PlacedConsts
 from pdjax.runtime.placed import Values, placed
 from pdjax.runtime.transport import LocalTransport
 from pdjax.runtime.update import UpdateRunner
@@ -74,11 +74,10 @@ def make_schedule(settings: Settings, batch_size: int) -> tuple[Schedule, Weight
     if isinstance(schedule, str):
         algorithm = find_algorithm(schedule)
         count = settings.num_microbatches
-        if count is None and schedule == "pipedream":
-            count = 1
-        count = count or default_num_microbatches(batch_size, settings.num_stages)
+        if count is None and algorithm.divides:
+            count = default_num_microbatches(batch_size, settings.num_stages)
         rule = settings.weight_rule or algorithm.weight_rule
-        schedule = algorithm.order(settings.num_stages, count)
+        schedule = algorithm.order(settings.num_stages, count or 1)
     else:
         rule = settings.weight_rule or (LATEST if schedule.flushes else STASH)
     validate(schedule, rule)
@@ -110,6 +109,7 @@ class Prepared:
         self._passes: dict[Any, Passes] = {}
         self._known: dict[Any, Passes] = {}
         self._evaluations: dict[Any, Evaluation] = {}
+        self._consts = PlacedConsts(settings.placements)
         self._spec = describe_batch(batch, settings.batch_axes)
         self.schedule, self.rule = make_schedule(settings, self._spec.size)
         graph = self._graph(settings.loss_fn, self._microbatch(self._spec))
@@ -127,7 +127,7 @@ class Prepared:
                 for placement in settings.placements
             ],
             LocalTransport(),
-            _average if settings.state_update == "minibatch" else None,
+            _average if self._averages_state() else None,
         )
         # Under an asynchronous schedule a batch may be read after the step that brought it has
         # returned, when its owner may have given its memory away.
@@ -136,6 +136,16 @@ class Prepared:
             for placement in settings.placements
         ]
         self._passes[self._spec.signature] = self._compile(self._spec, self.split)
+
+    def _averages_state(self) -> bool:
+        if self._settings.state_update == "microbatch" or self.schedule.num_microbatches == 1:
+            return False
+        if not self.schedule.flushes:
+            raise ValueError(
+                "state_update='minibatch' needs a schedule that finishes a minibatch before the "
+                f"next one; {self.schedule.name!r} does not. Use state_update='microbatch'."
+            )
+        return True
 
     # -------- tracing and compiling
 
@@ -188,6 +198,7 @@ class Prepared:
             self._settings.remat,
             self._updates,
             self._metric_axes(spec, stages),
+            self._consts.of(stages),
         )
         key = jax.ShapeDtypeStruct(jnp.shape(self._key), self._key.dtype)
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
@@ -222,10 +233,11 @@ class Prepared:
             _log.info("compiling for a new batch shape: %s", _describe(spec))
             graph = self._graph(self._settings.loss_fn, self._microbatch(spec))
             stages = split(graph, self.plan.first_layers_in(graph.names))
-            if stages.homes != self.split.homes:
+            if (stages.homes, _state_homes(stages)) != (self.split.homes, self.state_homes):
                 raise ValueError(
-                    f"for batches of {_describe(spec)} the loss function uses its parameters in "
-                    "other stages than before. Give a plan whose cuts suit both shapes."
+                    f"for batches of {_describe(spec)} the loss function uses its parameters or "
+                    "its state in other stages than before. Give a plan whose cuts suit both "
+                    "shapes."
                 )
             self._passes[spec.signature] = self._compile(spec, stages)
         return self._passes[spec.signature]
@@ -236,7 +248,9 @@ class Prepared:
             whole = jax.tree.unflatten(spec.tree, spec.shapes)
             graph = self._graph(self._settings.eval_loss_fn, whole)
             stages = split(graph, self.plan.first_layers_in(graph.names))
-            self._evaluations[spec.signature] = Evaluation(stages, self._settings.placements)
+            self._evaluations[spec.signature] = Evaluation(
+                stages, self._settings.placements, self._consts.of(stages)
+            )
         return self._evaluations[spec.signature]
 
     # -------- running

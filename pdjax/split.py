@@ -237,9 +237,9 @@ class _Placer:
         if position in self.stage_of:
             return self.stage_of[position]
         readers = [
-            stage
-            for position, stage in self.stage_of.items()
-            if old in jaxprs.variables(self.traced.equations[position].invars)
+            self.stage_of[position]
+            for position in self.traced.readers.get(old, ())
+            if position in self.stage_of
         ]
         if not readers and isinstance(new, Var) and self.traced.kind(new) is Kind.PARAMETER:
             return self.earliest[new]

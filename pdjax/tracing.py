@@ -87,6 +87,15 @@ class TracedLoss:
             for var in equation.outvars
         }
 
+    @cached_property
+    def readers(self) -> dict[Var, list[int]]:
+        """For each value the positions of the equations that read it."""
+        readers: dict[Var, list[int]] = {}
+        for position, equation in enumerate(self.equations):
+            for var in jaxprs.variables(equation.invars):
+                readers.setdefault(var, []).append(position)
+        return readers
+
     def kind(self, atom: Atom) -> Kind:
         """What `atom` depends on; a literal depends on nothing."""
         return self.kinds[atom] if isinstance(atom, Var) else Kind.CONSTANT

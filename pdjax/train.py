@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 
 import pdjax
+from pdjax import data
 from pdjax.config import TrainConfig
 from pdjax.training.baseline import SingleDevice
 from pdjax.training.loop import Speed, TrainingLoop, evaluate
@@ -49,6 +50,7 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     _check(config)
     make_devices(config.num_stages)
     task = make_task(config)
+    batches = data.batches(task.dataset.train, config.batch_size)
     optimizer = optax.adam(_learning_rate(config))
     pipe = pdjax.Pipeline(
         task.loss_fn,
@@ -75,7 +77,7 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     console.print(str(pipe.plan), markup=False)
     output = make_directory(config.output, f"{config.model}-{config.schedule}")
     with RunDirectory(output) as directory, TrainingProgress(console, config.steps) as progress:
-        loop = TrainingLoop(config, task, pipe, baseline, directory)
+        loop = TrainingLoop(config, batches, pipe, baseline, directory)
         state, speed = loop.run(state, progress)
         directory.write_ready(wait=True)
         held_out = evaluate(config, task, pipe, state)

@@ -17,10 +17,16 @@ def leaf_names(tree: Any) -> tuple[str, ...]:
     variable) is left out.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    paths = [path[:-1] if _is_value(path) else path for path, _ in leaves]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
     if all(name.startswith("params/") for name in names):
         names = [name.removeprefix("params/") for name in names]
-    return tuple(name.removesuffix("/value") for name in names)
+    return tuple(names)
+
+
+def _is_value(path: tuple[Any, ...]) -> bool:
+    """Whether a path ends at the value of an NNX variable."""
+    return bool(path) and path[-1] == jax.tree_util.GetAttrKey("value")
 
 
 def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:

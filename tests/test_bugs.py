@@ -238,6 +238,25 @@ def test_an_interrupt_while_waiting_leaves_the_state_usable(moment, monkeypatch)
     pipe.step(state, BATCH)
 
 
+def test_parameters_come_back_where_they_came_from():
+    last = jax.devices()[3]
+    params = weights()
+    given = {
+        "w0": params["w0"],
+        "w1": jnp.asarray(params["w1"]),
+        "w2": jax.device_put(params["w2"], last),
+        "w3": params["w3"],
+    }
+    with jax.default_device(last):
+        given["w3"] = jnp.asarray(params["w3"])
+    pipe = pdjax.Pipeline(lambda p, b, r: loss_of(p, b), SGD, num_stages=2)
+    back = pipe.params(pipe.init(given, BATCH))
+    assert isinstance(back["w0"], np.ndarray)
+    assert [back[f"w{i}"].device for i in (1, 2, 3)] == [jax.devices()[0], last, last]
+    assert [back[f"w{i}"].committed for i in (1, 2, 3)] == [False, True, False]
+    chex.assert_trees_all_equal(back, params)
+
+
 # ---------------------------------------------------------------- batches, metrics, evaluation
 
 
@@ -358,7 +377,80 @@ def test_an_average_of_the_weights_is_kept_where_they_are():
     pipe.model_state(pipe.drain(state))
 
 
+def test_state_by_the_minibatch_is_state_by_the_microbatch_if_it_has_only_one():
+    def loss_fn(p, s, batch, rng):
+        loss = loss_of(p, batch)
+        return loss, {"mean": 0.9 * s["mean"] + 0.1 * jnp.tanh(batch["x"] @ p["w0"]).mean()}
+
+    results = []
+    for how in ("microbatch", "minibatch"):
+        pipe = pdjax.Pipeline(loss_fn, SGD, schedule="pipedream", num_stages=3, state_update=how)
+        state = pipe.init(weights(), BATCH, model_state={"mean": np.float32(1.0)})
+        for _ in range(4):
+            state, _ = pipe.step(state, BATCH)
+        results.append(pipe.model_state(pipe.drain(state)))
+    chex.assert_trees_all_equal(*results)
+
+
+def test_state_by_the_minibatch_needs_a_flush():
+    pipe = pdjax.Pipeline(
+        _average,
+        SGD,
+        schedule=_backward_first(num_microbatches=2),
+        state_update="minibatch",
+    )
+    with pytest.raises(ValueError, match="state_update='microbatch'"):
+        pipe.init(weights(), BATCH, model_state=weights())
+
+
 # ---------------------------------------------------------------- asynchronous schedules
+
+
+def _backward_first(num_microbatches: int) -> pdjax.Schedule:
+    """One stage that in every step first finishes the minibatch of the step before."""
+    m = num_microbatches
+    actions = [
+        *(pdjax.Action("B", 0, k - m) for k in range(m)),
+        pdjax.Action("U", 0, -1),
+        *(pdjax.Action("F", 0, k) for k in range(m)),
+    ]
+    return pdjax.Schedule("backward_first", 1, m, (tuple(actions),))
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2])
+def test_a_weighted_loss_whose_backward_comes_a_step_later(num_microbatches):
+    def loss_fn(p, batch, rng):
+        errors = (network(p, batch["x"]) - batch["y"]) ** 2
+        return errors.sum(), float(errors.size)
+
+    pipe = pdjax.Pipeline(
+        loss_fn, SGD, schedule=_backward_first(num_microbatches), weighted_loss=True
+    )
+    state = pipe.init(weights(), BATCH)
+    for _ in range(3):
+        state, _ = pipe.step(state, BATCH)
+    params = pipe.params(pipe.drain(state))
+    expected = weights()
+    for _ in range(3):
+        gradient = jax.grad(loss_of)(expected, BATCH)
+        expected = jax.tree.map(lambda p, g: p - 0.1 * g, expected, gradient)
+    chex.assert_trees_all_close(params, expected, atol=1e-5)
+
+
+def test_a_weight_may_be_larger_than_the_gradients_dtype_holds():
+    def loss_fn(p, batch, rng):
+        x = batch["x"].astype(jnp.float16)
+        for i in range(4):
+            x = jnp.tanh(x @ p[f"w{i}"])
+        return ((x - batch["y"]) ** 2).astype(jnp.float32).mean() * 1e5, 1e5
+
+    half = jax.tree.map(lambda leaf: leaf.astype(np.float16), weights())
+    pipe = pdjax.Pipeline(loss_fn, SGD, num_stages=2, num_microbatches=1, weighted_loss=True)
+    state, _ = pipe.step(pipe.init(half, BATCH), BATCH)
+    moved = jax.tree.map(
+        lambda a, b: float(np.abs(np.asarray(a) - b).max()), pipe.params(state), half
+    )
+    assert min(moved.values()) > 0
 
 
 def test_the_users_of_a_tied_weight_are_kept_together_without_being_asked():

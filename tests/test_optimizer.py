@@ -165,8 +165,13 @@ def test_asynchronous_schedules_take_what_does_not(name):
 
 
 def test_a_state_that_begins_with_the_parameters():
-    """Lookahead keeps a slow copy of the parameters, made at the beginning."""
+    """It pulls the parameters back to where they began."""
+
+    def update(updates, state, params=None):
+        return jax.tree.map(lambda u, p, p0: u - 0.1 * (p - p0), updates, params, state), state
+
     case = zoo.dense_blocks()
-    optimizer = optax.chain(optax.sgd(0.1), optax.ema(0.9))
+    pull = optax.GradientTransformation(lambda params: params, update)
+    optimizer = optax.chain(optax.sgd(0.1), pull)
     got, expected = run(case, optimizer, 3)
     chex.assert_trees_all_close(got, expected, atol=3e-6, rtol=1e-5)

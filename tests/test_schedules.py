@@ -182,13 +182,25 @@ def _update_in_between(w):
         (_no_update, "no update applies the gradient of 1B0"),
         (_circle, "waits for ever"),
         (_stage_on_two_workers, "stage 1 is on 2 workers"),
-        (_update_in_between, "would read version 1"),
+        (_update_in_between, "expected one update for each minibatch, of all its 4 microbatches"),
     ],
 )
 def test_what_cannot_be_run_is_refused(change, message):
     with pytest.raises(ScheduleError, match=message) as caught:
         validate(broken(change), LATEST)
     assert "worker 0:" in str(caught.value)
+
+
+def test_stale_weights_need_a_rule_that_stashes_them():
+    validate(make("pipedream", 3, 1), STASH)
+    with pytest.raises(ScheduleError, match="would read version"):
+        validate(make("pipedream", 3, 1), LATEST)
+
+
+def test_an_update_for_every_microbatch_is_refused():
+    actions = [Action(kind, 0, k) for k in range(2) for kind in ("F", "B", "U")]
+    with pytest.raises(ScheduleError, match=r"0U0 applies the gradients of the microbatches \[0\]"):
+        validate(Schedule("eager", 1, 2, (tuple(actions),)), LATEST)
 
 
 def test_the_failing_action_is_marked():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -12,6 +13,9 @@ import pytest
 from rich.console import Console
 
 from pdjax.config import TrainConfig
+from pdjax.data import SOURCES
+from pdjax.models import MODELS
+from pdjax.schedules import ALGORITHMS
 from pdjax.train import main, train
 
 SMALL = {
@@ -115,6 +119,7 @@ def test_cuts_by_hand(tmp_path, text_file):
         (["--model-fields", "width"], "expected NAME=VALUE"),
         (["--num-stages", "9"], "9 stages need"),
         (["--batch-size", "9", "--num-microbatches", "2"], "does not divide"),
+        (["--batch-size", "100000"], "100000"),
         (["--steps", "0"], "--steps 0: expected at least 1"),
         (["--learning-rate", "0"], "--learning-rate 0.0: expected more than 0"),
         (["--cuts", "block_7"], "no layer or module 'block_7'"),
@@ -181,7 +186,7 @@ def test_help_describes_every_flag(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out
-    for flag in ("--model", "--data", "--schedule", "--num-stages", "--num-microbatches"):
-        assert flag in text
-    for flag in ("--batch-size", "--steps", "--learning-rate", "--seed", "--output"):
-        assert flag in text
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name.replace('_', '-')}" in text
+    for name in (*ALGORITHMS, *MODELS, *SOURCES):
+        assert name in text

@@ -209,7 +209,7 @@ class Executor:
         for kind, stage, offset in step.run.passes.instructions:
             if start <= first + offset < fed:
                 made = self._handlers[kind](step, stage, first + offset)
-                if self.observer:
+                if self.observer and made is not None:
                     self.observer(kind, stage, first + offset, made)
 
     # -------- the actions
@@ -282,9 +282,10 @@ class Executor:
         step.updating.append(stage)
         if self._updates[stage].num_phases == 1:
             self._apply(step, stage, microbatch, ())
-        elif len(step.updating) == len(self._updates):
+            return state.weights
+        if len(step.updating) == len(self._updates):
             self._apply_together(step, microbatch)
-        return state.weights
+        return None
 
     def _apply_together(self, step: _Step, microbatch: int) -> None:
         """Runs the phases of an update in which the stages exchange values."""
@@ -302,6 +303,8 @@ class Executor:
             packs.append(sent)
         for stage, update in enumerate(self._updates):
             self._apply(step, stage, microbatch, _addressed(packs, update))
+            if self.observer:
+                self.observer("U", stage, microbatch, step.run.stages[stage].weights)
 
     def _apply(
         self, step: _Step, stage: int, microbatch: int, packs: Sequence[dict[int, Pack]]
@@ -395,12 +398,14 @@ class Executor:
 
     def _divisor(self, step: _Step, stage: int, microbatch: int) -> Any:
         """What the gradients of a minibatch are divided by: its microbatches, or its weight."""
-        if step.feed and step.feed.passes.weighted and step.results is None:
-            step.results = self._collect(step)
-        if not step.run.divisors:
-            return self._counts[stage]
         m = self.schedule.num_microbatches
-        return step.run.divisors[microbatch // m * m]
+        first = microbatch // m * m
+        weighted = step.run.passes is not None and step.run.passes.weighted
+        if not weighted:
+            return self._counts[stage]
+        if first == step.first and step.results is None:
+            step.results = self._collect(step)
+        return step.run.divisors[first]
 
     def _count(self, state: StageState, extra: int) -> None:
         state.peak_in_flight = max(state.peak_in_flight, len(state.stash) + extra)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
@@ -69,6 +70,7 @@ class Passes:
         remat: Sequence[Remat],
         updates: Sequence[UpdateRunner],
         metric_axes: Sequence[int | None],
+        consts: tuple[Values, ...],
     ) -> None:
         self.split = split
         programs = differentiate(split, remat)
@@ -78,7 +80,7 @@ class Passes:
         )
         self.routes = tuple(_find_routes(stage, programs) for stage in range(len(programs)))
         self.instructions = _fuse(schedule, self._longest_fusions(schedule, updates))
-        self.consts = place_consts(split, placements)
+        self.consts = consts
         self.slicing = slicing
         self.num_results = len(split.results)
         self.constants = {
@@ -135,13 +137,29 @@ class Passes:
                 yield from self.stages[stage].lowerings(kind, key, accumulates)
 
 
-def place_consts(split: StageSplit, placements: Sequence[Sharding]) -> tuple[Values, ...]:
-    """For each stage the closed-over arrays that it reads, moved to where it is."""
-    values = split.traced.program.consts
-    return tuple(
-        tuple(place(values[i], placement) for i in stage.consts)
-        for stage, placement in zip(split.stages, placements, strict=True)
-    )
+class PlacedConsts:
+    """The arrays that loss functions closed over, each moved to a stage once.
+
+    Args:
+        placements: where the stages are.
+    """
+
+    def __init__(self, placements: Sequence[Sharding]) -> None:
+        self._placements = placements
+        self._placed: dict[tuple[int, int], tuple[Any, jax.Array]] = {}
+
+    def of(self, split: StageSplit) -> tuple[Values, ...]:
+        """For each stage the arrays that it reads, in place."""
+        values = split.traced.program.consts
+        return tuple(
+            tuple(self._at(values[i], stage.index) for i in stage.consts) for stage in split.stages
+        )
+
+    def _at(self, value: Any, stage: int) -> jax.Array:
+        key = id(value), stage
+        if key not in self._placed:  # it holds the value, too, so that its id stays its own
+            self._placed[key] = value, place(value, self._placements[stage])
+        return self._placed[key][1]
 
 
 def _find_routes(stage: int, stages: Sequence[StagePrograms]) -> Routes:

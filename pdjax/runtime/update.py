@@ -114,8 +114,7 @@ class UpdateRunner:
     def _gradients(self, gradients: Values, divisor: Any) -> dict[Atom, Any]:
         grads = (self._split.grads[i] for i in self._update.params)
         return {
-            var: gradient / jnp.asarray(divisor, gradient.dtype)
-            for var, gradient in zip(grads, gradients, strict=True)
+            var: _divided(gradient, divisor) for var, gradient in zip(grads, gradients, strict=True)
         }
 
     def _receive(
@@ -134,6 +133,12 @@ class UpdateRunner:
                 received = {**received, self._stage: values[var]}
             values[var] = total([received[source] for source in sorted(received)])
         return values
+
+
+def _divided(gradient: Any, divisor: Any) -> Any:
+    """The quotient in the gradient's dtype; a weight may be too large for that one itself."""
+    wide = jnp.promote_types(gradient.dtype, jnp.result_type(divisor))
+    return (gradient.astype(wide) / divisor).astype(gradient.dtype)
 
 
 def pack(values: Sequence[Any]) -> Pack:

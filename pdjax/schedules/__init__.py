@@ -30,18 +30,22 @@ class Algorithm:
         order: makes the schedule for a number of stages and of microbatches.
         weight_rule: which version of the weights each pass reads.
         about: one line for help texts.
+        divides: whether minibatches are divided into microbatches unless told otherwise.
     """
 
     order: Callable[[int, int], Schedule]
     weight_rule: WeightRule
     about: str
+    divides: bool = True
 
 
 ALGORITHMS: dict[str, Algorithm] = {
     "model_parallel": Algorithm(model_parallel, LATEST, "one microbatch at a time"),
     "gpipe": Algorithm(gpipe, LATEST, "all forward passes, then all backward passes"),
     "one_f_one_b": Algorithm(one_f_one_b, LATEST, "alternating passes, an update after a flush"),
-    "pipedream": Algorithm(pipedream, STASH, "alternating passes, never flushed, stale weights"),
+    "pipedream": Algorithm(
+        pipedream, STASH, "alternating passes, never flushed, stale weights", divides=False
+    ),
 }
 """The algorithms by name."""
 

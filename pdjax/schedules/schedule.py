@@ -57,7 +57,8 @@ class Schedule:
         name: the algorithm's name.
         num_stages: number of stages.
         num_microbatches: microbatches in a minibatch, m.
-        workers: for each worker its actions; microbatches count from the step's first one.
+        workers: for each worker its actions; microbatches count from the step's first one. Every
+            stage has one update for each minibatch.
     """
 
     name: str
@@ -87,7 +88,7 @@ class Schedule:
     def __str__(self) -> str:
         return f"{self.name}\n{draw(self.workers)}"
 
-    @property
+    @cached_property
     def actions(self) -> tuple[Action, ...]:
         """The actions of all workers."""
         return tuple(action for worker in self.workers for action in worker)

@@ -19,8 +19,9 @@ def validate(schedule: Schedule, rule: WeightRule) -> None:
     """Checks that `schedule` can run under the weight rule `rule`.
 
     Every stage is on one worker; every microbatch passes forward and backward through every
-    stage once, forward first; every gradient is applied by one update, after it was computed; no
-    worker waits for ever; both passes of a microbatch read the same version of the weights.
+    stage once, forward first; every stage has one update for each minibatch, after all its
+    gradients were computed; no worker waits for ever; both passes of a microbatch read the same
+    version of the weights.
 
     Raises:
         ScheduleError: with the schedule drawn as a grid and the failing action marked.
@@ -31,7 +32,7 @@ def validate(schedule: Schedule, rule: WeightRule) -> None:
     _check_complete(schedule, workers, num_steps * schedule.num_microbatches)
     for worker in workers:
         _check_order(worker, workers)
-        _check_updates(worker, workers)
+        _check_updates(worker, workers, schedule.num_microbatches)
         _check_versions(worker, workers, rule)
     _check_progress(schedule, workers)
     dispatch_order(schedule)
@@ -50,14 +51,16 @@ def dispatch_order(schedule: Schedule) -> tuple[Action, ...]:
     present = {action for worker in schedule.workers for action in worker}
     position = [0] * len(schedule.workers)
     order: list[Action] = []
+    done: set[Action] = set()
     while len(order) < len(schedule.actions):
         before = len(order)
         for number, worker in enumerate(schedule.workers):
             if position[number] == len(worker):
                 continue
             action = worker[position[number]]
-            if all(_arrives(need, present, order, m) for need in _needs(action, schedule)):
+            if all(_arrives(need, present, done, m) for need in _needs(action, schedule)):
                 order.append(action)
+                done.add(action)
                 position[number] += 1
         if len(order) == before:
             stuck = next(
@@ -71,10 +74,10 @@ def _needs(action: Action, schedule: Schedule) -> list[Action]:
     return inputs_of(action, schedule.num_stages)
 
 
-def _arrives(need: Action, present: set[Action], order: list[Action], m: int) -> bool:
+def _arrives(need: Action, present: set[Action], done: set[Action], m: int) -> bool:
     """Whether a result is there: made earlier in this step, or in an earlier step."""
     if need in present:
-        return need in order
+        return need in done
     steps_back = (m - 1 - need.microbatch) // m
     return any(need.shifted(m * steps) in present for steps in range(1, steps_back + 1))
 
@@ -112,7 +115,8 @@ def _check_order(worker: Sequence[Action], workers: Workers) -> None:
         done.add(action)
 
 
-def _check_updates(worker: Sequence[Action], workers: Workers) -> None:
+def _check_updates(worker: Sequence[Action], workers: Workers, num_microbatches: int) -> None:
+    """Every update applies the gradients of one whole minibatch."""
     waiting: dict[int, list[Action]] = {}
     for action in worker:
         gradients = waiting.setdefault(action.stage, [])
@@ -121,6 +125,15 @@ def _check_updates(worker: Sequence[Action], workers: Workers) -> None:
         elif action.kind == "U":
             if Action("B", action.stage, action.microbatch) not in gradients:
                 raise _failure(f"{action} comes before its gradient", workers, action)
+            applied = sorted(gradient.microbatch for gradient in gradients)
+            first = action.microbatch // num_microbatches * num_microbatches
+            if applied != list(range(first, first + num_microbatches)):
+                raise _failure(
+                    f"{action} applies the gradients of the microbatches {applied}; expected one "
+                    f"update for each minibatch, of all its {num_microbatches} microbatches",
+                    workers,
+                    action,
+                )
             gradients.clear()
     for gradients in waiting.values():
         if gradients:

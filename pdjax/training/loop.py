@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +60,7 @@ class TrainingLoop:
     def __init__(
         self,
         config: TrainConfig,
-        task: Task,
+        batches: Iterator[Any],
         pipe: pdjax.Pipeline,
         baseline: SingleDevice | None,
         directory: RunDirectory,
@@ -68,7 +69,7 @@ class TrainingLoop:
         self._pipe = pipe
         self._baseline = baseline
         self._directory = directory
-        self._batches = data.batches(task.dataset.train, config.batch_size)
+        self._batches = batches
         self._done = 0
         self._busy_s = 0.0
 
@@ -105,7 +106,7 @@ class TrainingLoop:
             losses = self._directory.losses
             rate = self._done * self._config.batch_size / self._busy_s
             progress.update(self._done, losses[-1] if losses else None, rate)
-        jax.block_until_ready(metrics)
+        jax.block_until_ready([metrics, [held.weights for held in state.run.stages]])
         self._busy_s = already + time.perf_counter() - start
         return state
 

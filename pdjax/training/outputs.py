@@ -21,12 +21,18 @@ def make_directory(wish: Path | None, name: str) -> Path:
     Raises:
         ValueError: as `check_free`.
     """
-    if wish is None:
-        taken = (Path("runs") / f"{name}-{number}" for number in range(1, 10**6))
-        wish = next(path for path in taken if not path.exists())
-    check_free(wish)
-    wish.mkdir(parents=True, exist_ok=True)
-    return wish
+    if wish is not None:
+        check_free(wish)
+        wish.mkdir(parents=True, exist_ok=True)
+        return wish
+    number = 1
+    while True:
+        try:
+            made = Path("runs") / f"{name}-{number}"
+            made.mkdir(parents=True)
+            return made
+        except FileExistsError:  # an older run, or one that has just begun
+            number += 1
 
 
 def check_free(wish: Path) -> None:
@@ -87,7 +93,11 @@ class RunDirectory:
             self._file.flush()
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Writes summary.json."""
+        """Writes summary.json, with null for what is not finite."""
+        summary = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in summary.items()
+        }
         (self.path / _FILES[1]).write_text(json.dumps(summary, indent=1) + "\n")
 
     def write_timeline(self, timeline: Timeline) -> None:
