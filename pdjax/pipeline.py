@@ -439,6 +439,7 @@ class Pipeline:
                 value = loss.item()
             losses.popleft()
             if self._raises and not math.isfinite(value):
+                losses.clear()  # said once; what came after it is no news
                 raise NonFiniteLossError(
                     f"the loss of step {step} (counted from 0) is {value}. Lower the learning "
                     "rate or clip the gradients; look for a log or a division that can meet "

@@ -95,13 +95,8 @@ def _free_inputs(inner: Sequence[Var], outer: Sequence[Atom], rooted: set[Var]) 
 
 
 def _independent(body: Any, outvars: Sequence[Atom], free: set[Var]) -> set[int]:
-    """Positions of the results that are made of `free` inputs alone, at least one of them."""
-    found = set()
-    for at, atom in enumerate(outvars):
-        inputs = _inputs_of(body, atom)
-        if inputs <= free:
-            found.add(at)
-    return found
+    """Positions of the results that are made of nothing but `free` inputs and constants."""
+    return {at for at, atom in enumerate(outvars) if _inputs_of(body, atom) <= free}
 
 
 def _inputs_of(body: Any, atom: Atom) -> set[Var]:
