@@ -23,6 +23,10 @@ MODULES = [
 ]
 WITHOUT_JAX = [
     "pdjax.planner",
+    "pdjax.search",
+    "pdjax.profile",
+    "pdjax.graph_txt",
+    "pdjax.topology",
     "pdjax.schedules",
     "pdjax.schedules.validate",
     "pdjax.timeline",

@@ -1,0 +1,123 @@
+"""The planner against brute force, over everything that it may choose from."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pdjax.profile import LayerProfile, Profile
+from pdjax.search import CostForm, Costs, MemoryForm, Part, fastest
+from pdjax.topology import Level, Topology
+
+
+def every_plan(
+    costs: Costs, first: int, stop: int, level: int, straight: bool = False
+) -> Iterator[tuple[Part, ...]]:
+    """All nested pipelines of the layers first … stop on the units of a level."""
+    units = costs.topology.levels[level].num_units
+    for count in range(1, min(units, stop - first) + 1):
+        for cuts in itertools.combinations(range(first + 1, stop), count - 1):
+            bounds = [first, *cuts, stop]
+            for replicas in itertools.product(range(1, 2 if straight else units + 1), repeat=count):
+                for starts in _places(replicas, units):
+                    yield from _fill(costs, bounds, replicas, starts, level, straight)
+
+
+def _places(replicas, units, start=0):
+    """All ways to put parts onto units in order, with idle units before, between and after."""
+    if not replicas:
+        yield ()
+        return
+    for unit in range(start, units - sum(replicas) + 1):
+        for rest in _places(replicas[1:], units, unit + replicas[0]):
+            yield (unit, *rest)
+
+
+def _fill(costs, bounds, replicas, starts, level, straight):
+    choices = []
+    for (a, b), m, unit in zip(itertools.pairwise(bounds), replicas, starts, strict=True):
+        if level == 0:
+            choices.append([Part(a, b, m, unit)])
+        else:
+            inner = every_plan(costs, a, b, level - 1, straight)
+            choices.append([Part(a, b, m, unit, parts) for parts in inner])
+    yield from itertools.product(*choices)
+
+
+layers = st.lists(
+    st.builds(
+        LayerProfile,
+        name=st.just("layer"),
+        forward_s=st.integers(0, 20).map(float),
+        backward_s=st.integers(0, 20).map(float),
+        cut_bytes=st.integers(0, 60).map(float),
+        param_bytes=st.integers(0, 60).map(float),
+        stash_bytes=st.integers(0, 30).map(float),
+    ),
+    min_size=1,
+    max_size=7,
+)
+one_level = st.builds(
+    lambda units, bandwidth: (Level(units, bandwidth),),
+    st.integers(1, 6),
+    st.sampled_from([0.5, 2.0, 20.0]),
+)
+two_levels = st.builds(
+    lambda shape, inner, outer: (Level(shape[0], inner), Level(shape[1], outer)),
+    st.sampled_from([(2, 2), (3, 2), (2, 3)]),
+    st.sampled_from([2.0, 20.0]),
+    st.sampled_from([0.5, 2.0]),
+)
+
+
+def check(profile_layers, levels, cost, memory, sizes, straight=False):
+    profile = Profile(tuple(profile_layers))
+    count = math.prod(level.num_units for level in levels)
+    topology = Topology(levels, tuple(sizes[:count]) if sizes else ())
+    costs = Costs(profile, topology, cost, memory)
+    top = len(levels) - 1
+    fitting = [
+        costs.plan_s(parts)
+        for parts in every_plan(costs, 0, costs.num_layers, top, straight)
+        if costs.excess_bytes(parts) == 0
+    ]
+    best = fastest(costs, straight=straight)
+    if not fitting:
+        assert best is None
+        return
+    assert best is not None
+    assert costs.excess_bytes(best) == 0
+    assert costs.plan_s(best) == pytest.approx(min(fitting), rel=1e-8)
+
+
+memories = st.one_of(
+    st.none(),
+    st.integers(50, 2000).map(lambda size: [size] * 6),
+    st.lists(st.integers(100, 2000), min_size=6, max_size=6),
+)
+forms = st.builds(
+    CostForm,
+    overlap=st.booleans(),
+    sync=st.sampled_from(["ring", "paper", "original"]),
+    activations=st.booleans(),
+)
+memory_forms = st.builds(
+    MemoryForm, stashes=st.booleans(), optimizer_bytes_per_param_byte=st.sampled_from([0.0, 2.0])
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(layers, one_level, forms, memory_forms, memories, st.booleans())
+def test_one_level_equals_brute_force(found, levels, cost, memory, sizes, straight):
+    check(found, levels, cost, memory, sizes, straight)
+
+
+@settings(deadline=None, max_examples=60)
+@given(layers.filter(lambda found: len(found) <= 4), two_levels, memory_forms, memories)
+def test_two_levels_equal_brute_force(found, levels, memory, sizes):
+    check(found, levels, CostForm(), memory, sizes)
