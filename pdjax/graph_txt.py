@@ -7,7 +7,7 @@ A file has a line for every node and, after a tab, for every edge:
         node3 -- node4
 
 (the first is one line). Times are in milliseconds, sizes in bytes; an activation may be a list,
-``[4096.0; 128.0]``. The form is that of the profiler of github.com/msr-fiddle/pipedream; the graph
+``[4096.0; 128.0]``. The form is that of the profiler of the original PipeDream; the graph
 is any directed graph without cycles. To be cut it is put into a line; the bytes that cross a cut
 are those of every node before it with a reader after it, each node counted once.
 
