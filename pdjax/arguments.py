@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from os import PathLike
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from pdjax.differentiate import Remat
 from pdjax.planner import Plan
+from pdjax.profile import Profile
+from pdjax.profile_files import load_profile
 from pdjax.schedules import Schedule, find_algorithm
+from pdjax.topology import Topology
 
 _KEY_NAMES = frozenset(
     {"rng", "rngs", "key", "prng", "rng_key", "prng_key", "random_key", "dropout_key"}
@@ -34,14 +38,63 @@ def check_rng(rng: Any) -> None:
         raise ValueError(f"rng={rng!r}; expected a random key, such as jax.random.key(0).")
 
 
+DEFAULT_PLAN: Literal["auto", "balanced"] = "auto"
+"""What is done where no plan is given."""
+
+
+def read_plan(
+    plan: Plan | str | PathLike[str] | Sequence[str] | None,
+) -> Plan | tuple[str, ...] | Literal["auto", "balanced"]:
+    """What to plan, or the plan.
+
+    Raises:
+        ValueError: if it is none of what `Pipeline` takes, or cannot be run.
+    """
+    plan = DEFAULT_PLAN if plan is None else plan
+    if isinstance(plan, str) and plan in ("auto", "balanced"):
+        return plan  # type: ignore[return-value]  # one of the two
+    if isinstance(plan, str) and not plan.endswith(".json"):
+        raise ValueError(
+            f"plan={plan!r}; expected 'auto', 'balanced', a Plan, the path of a .json file, or a "
+            f"list of names: plan=[{plan!r}]."
+        )
+    if isinstance(plan, (str, PathLike)):
+        plan = Plan.load(plan)
+    if not isinstance(plan, Plan):
+        return tuple(plan)
+    if max(plan.replicas) > 1:
+        raise ValueError(
+            f"the plan replicates stages ({plan.notation}), and replicas cannot be run yet. Plan "
+            "a straight pipeline: PlanOptions(straight=True), or --straight on the command line."
+        )
+    return plan
+
+
+def read_topology(topology: Topology | str | None) -> Topology | None:
+    """A topology from its text form, if it is not one already."""
+    return Topology.parse(topology) if isinstance(topology, str) else topology
+
+
+def read_profile(profile: Profile | str | PathLike[str] | None) -> Profile | None:
+    """A profile from a file, if it is not one already."""
+    if profile is None or isinstance(profile, Profile):
+        return profile
+    return load_profile(profile)
+
+
 def choose_placements(
     schedule: str | Schedule,
     num_stages: int | None,
     devices: Sequence[Any] | None,
-    plan: Plan | Sequence[str] | None,
-) -> tuple[Sharding, ...]:
-    """One placement for each stage, the first of the devices."""
-    wishes: dict[str, int | None] = {"num_stages": num_stages}
+    plan: Plan | tuple[str, ...] | str,
+    remat: Any,
+) -> tuple[tuple[Sharding, ...], int | None]:
+    """Where stages may be placed, and how many there are; None if the planner is to say.
+
+    If the number is known these are the first of the devices, but for a plan that names its
+    workers.
+    """
+    wishes: dict[str, int | None] = {"num_stages": num_stages, "remat": _num_wishes(remat)}
     if isinstance(schedule, Schedule):
         wishes["the schedule"] = schedule.num_stages
     elif isinstance(schedule, str):
@@ -51,14 +104,14 @@ def choose_placements(
             f"schedule={schedule!r}; expected a name such as 'one_f_one_b', or a Schedule such as "
             "pdjax.one_f_one_b(num_stages=4, num_microbatches=8)."
         )
-    if isinstance(plan, str):
-        raise ValueError(f"plan={plan!r}; expected a Plan or a list of names: plan=[{plan!r}].")
-    if plan is not None:
+    if not isinstance(plan, str):
         wishes["the plan"] = plan.num_stages if isinstance(plan, Plan) else len(plan) + 1
     given = {name: count for name, count in wishes.items() if count is not None}
     if len(set(given.values())) > 1:
         raise ValueError(f"these disagree about the number of stages: {given}.")
     available = _available(devices)
+    if not given and plan == "auto":
+        return tuple(map(_placement, available)), None
     count = next(iter(given.values()), len(available))
     if not 1 <= count <= len(available):
         raise ValueError(
@@ -67,7 +120,9 @@ def choose_placements(
             "devices. A CPU has as many as you like: set JAX_PLATFORMS=cpu, and call "
             f"jax.config.update('jax_num_cpu_devices', {count}) before JAX is first used."
         )
-    return tuple(map(_placement, available[:count]))
+    if not isinstance(plan, Plan) and plan != "auto":
+        available = available[:count]
+    return tuple(map(_placement, available)), count
 
 
 def _available(devices: Sequence[Any] | None) -> list[Any]:
@@ -109,10 +164,21 @@ def choose_num_microbatches(schedule: str | Schedule, wish: int | None) -> int |
     return wish
 
 
+def check_remat(remat: Remat | Sequence[Remat] | None) -> None:
+    """Raises ValueError if `remat` says what there is not."""
+    if remat is not None:
+        for_each_stage(remat, _num_wishes(remat) or 1)
+
+
+def _num_wishes(remat: Remat | Sequence[Remat] | None) -> int | None:
+    """For how many stages `remat` is given one by one; None if it is for all of them."""
+    return len(remat) if isinstance(remat, (list, tuple)) else None
+
+
 def for_each_stage(remat: Remat | Sequence[Remat], num_stages: int) -> tuple[Remat, ...]:
     """What each stage recomputes."""
     each: tuple[Any, ...] = (remat,) * num_stages
-    if not isinstance(remat, str) and not callable(remat):
+    if isinstance(remat, (list, tuple)):
         each = tuple(remat)
     if len(each) != num_stages:
         raise ValueError(f"remat has {len(each)} entries for {num_stages} stages.")

@@ -31,18 +31,26 @@ def place_bookkeeping(traced: TracedLoss, stage_of: dict[int, int]) -> None:
 
 
 def inseparable_by_state(graph: LayerGraph) -> list[tuple[int, int]]:
-    """Ranges of layers (first, last) that share a changing state, which a cut must not separate."""
+    """Ranges of layers (first, last) that share a changing state, which a cut must not separate.
+
+    Such a range begins with the first layer that reads a leaf of the state for the loss, and ends
+    with the last one that does or that makes what its new value is made of.
+    """
     traced = graph.traced
-    on_path = _on_loss_path(traced)
     layer_of = _layers(graph)
+    placer = _Placer(traced, dict(layer_of))
+    placer.move_back()
     ranges = []
-    for old, new in zip(traced.state, traced.new_state, strict=True):
+    for index, (old, new) in enumerate(zip(traced.state, traced.new_state, strict=True)):
         if new is old:
             continue
-        positions = [*traced.readers.get(old, ()), _maker(traced, new)]
-        touching = [layer_of[at] for at in positions if at in on_path and at in layer_of]
+        maker = _maker(traced, new)
+        positions = [*traced.readers.get(old, ()), maker]
+        touching = [layer_of[at] for at in positions if at in placer.on_path and at in layer_of]
+        updating = [*placer.together(index), maker]
         if touching:
-            ranges.append((min(touching), max(touching)))
+            layers = [placer.stage_of[at] for at in updating if at in placer.stage_of]
+            ranges.append((min(touching), max([*touching, *layers])))
     return ranges
 
 
@@ -114,7 +122,7 @@ class _Placer:
         while moved:
             moved = False
             for index in range(len(self.traced.state)):
-                together = self._together(index)
+                together = self.together(index)
                 stage = self._home(index, together)
                 for position in together:
                     moved |= self.stage_of[position] < stage
@@ -124,7 +132,7 @@ class _Placer:
                 moved |= self.stage_of[position] < first
                 self.stage_of[position] = max(self.stage_of[position], first)
 
-    def _together(self, index: int) -> list[int]:
+    def together(self, index: int) -> list[int]:
         """The bookkeeping that depends on a leaf of the state, or makes its new value."""
         found = {_maker(self.traced, self.traced.new_state[index])} & self.movable
         pending = [self.traced.state[index]]

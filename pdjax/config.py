@@ -23,8 +23,9 @@ class TrainConfig:
     """model_parallel, gpipe, one_f_one_b (synchronous: the same numbers as on one device), or
     pipedream (asynchronous: never waits, with stale weights)."""
 
-    num_stages: int = 2
-    """Number of stages, one device each. On a CPU that many virtual devices are made."""
+    num_stages: int | None = None
+    """Number of stages, one device each. On a CPU that many virtual devices are made. By default 2,
+    or as many as --plan or --cuts say."""
 
     num_microbatches: int | None = None
     """Microbatches in a minibatch. By default 1 for pipedream, else as many as divide the batch
@@ -51,8 +52,9 @@ class TrainConfig:
     """Names of the layers or modules that begin the second, third, … stage, to place the cuts by
     hand."""
 
-    remat: Literal["none", "full"] = "none"
-    """full: the backward passes recompute the forward passes, which saves memory for time."""
+    remat: Literal["none", "full"] | None = None
+    """full: the backward passes recompute the forward passes, which saves memory for time. By
+    default as the plan says: none, but where memory would not suffice."""
 
     sequence_length: int = 128
     """Tokens in an example of text."""
@@ -66,5 +68,77 @@ class TrainConfig:
     nonfinite: Literal["raise", "ignore"] = "raise"
     """Whether to stop when the loss becomes NaN or infinite."""
 
+    plan: str | None = None
+    """auto (the default) to measure the layers and find the fastest pipeline, balanced for about
+    equal estimated work, or the file of a plan that 'python -m pdjax.plan' wrote."""
+
+    topology: str | None = None
+    """How the devices are joined, for the plan: such as 2@10GB/s:16GiB; measured by default."""
+
     single_device: bool = True
     """Whether to measure the same model on one device beside the pipeline."""
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Finds the fastest pipeline for a model on some machines, and says what it predicts.
+
+    The model's figures come from a file (--profile), or from one of pdjax's models (--model), which
+    is measured here on one device, or estimated (--rates).
+    """
+
+    topology: str
+    """The machines, from the inside out: 4x4@10GB/s,1.25GB/s:16GiB are four hosts of four workers,
+    with 10 GB/s for each worker inside a host and 1.25 GB/s for each host, and 16 GiB for each
+    worker. Without :16GiB memory is not limited. 'python -m pdjax.bandwidth' measures it."""
+
+    profile: Path | None = None
+    """A profile: JSON, or a graph.txt of the original PipeDream."""
+
+    model: str | None = None
+    """transformer, mlp, vgg16 or vgg16_bn (with BatchNorm)."""
+
+    output: Path | None = None
+    """Where to write the plan, as JSON; 'python -m pdjax.train --plan' reads it."""
+
+    picture: Path | None = None
+    """Where to draw the plan, as PNG or SVG."""
+
+    save_profile: Path | None = None
+    """Where to write the profile that was measured or estimated, as JSON."""
+
+    schedule: str = "pipedream"
+    """model_parallel, gpipe, one_f_one_b or pipedream: decides what has to be kept in memory, and
+    whether the pipeline fills and drains with every minibatch."""
+
+    num_microbatches: int = 1
+    """Microbatches in a minibatch; the profile is for one microbatch."""
+
+    num_stages: int | None = None
+    """Exactly how many stages; by default as many as are best."""
+
+    straight: bool = False
+    """Whether to replicate nothing. 'python -m pdjax.train' can run only such plans yet."""
+
+    remat: bool = True
+    """Whether stages may recompute their forward passes where memory is short."""
+
+    optimizer_bytes_per_param_byte: float = 2.0
+    """Size of the optimizer state: 2 for Adam, 1 for momentum, 0 for plain SGD."""
+
+    overlap: bool = True
+    """Whether workers compute and communicate at the same time."""
+
+    batch_size: int | None = None
+    """Examples in a microbatch: 32 by default with --model. A --profile for another size is
+    rescaled, with a warning."""
+
+    rates: str | None = None
+    """With --model: estimate instead of measuring, for a device by name (v100, a100, h100, …) or
+    rates such as 15TFLOP/s,900GB/s. Nothing is run then, so the model need not fit."""
+
+    sequence_length: int = 128
+    """With --model: tokens in an example of text."""
+
+    model_fields: tuple[str, ...] = ()
+    """With --model: its sizes, as NAME=VALUE, such as width=256 num_blocks=8."""

@@ -94,6 +94,21 @@ def differentiate(split: StageSplit, remat: Sequence[Remat]) -> tuple[StageProgr
     return tuple(reversed(made))
 
 
+def differentiate_alone(split: StageSplit, stage: Stage, remat: Remat = "none") -> StagePrograms:
+    """Derives the passes of one stage without looking at the others.
+
+    Every value that the stage sends and that may carry a gradient is taken to get a cotangent
+    back, from the stage that follows.
+
+    Args:
+        split: the stages.
+        stage: one of them.
+        remat: what its backward pass computes again.
+    """
+    returners = {var: (stage.index + 1,) for var in stage.sends if var in split.carriers}
+    return _differentiate(split, stage, remat, returners)
+
+
 def _differentiate(
     split: StageSplit, stage: Stage, remat: Remat, returners: Mapping[Var, Sequence[int]]
 ) -> StagePrograms:

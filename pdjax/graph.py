@@ -13,6 +13,7 @@ the layer before them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from collections import Counter
@@ -101,6 +102,18 @@ def build_graph(
     runs = _merge_runs(_find_runs(traced, line, reads))
     _warn_of_loops(traced, line)
     return LayerGraph(traced, tuple(line), _describe(traced, line, reads, runs))
+
+
+def model_fingerprint(graph: LayerGraph) -> str:
+    """A digest of what a model is made of: its layers' names, its parameters and their bytes.
+
+    It does not depend on the batch size, the device or the version of JAX.
+    """
+    traced = graph.traced
+    sizes = zip(traced.param_names, map(jaxprs.num_bytes, traced.params), strict=True)
+    layers = [[layer.name, layer.params] for layer in graph.layers]
+    text = json.dumps([layers, sorted(sizes)])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _is_on_line(traced: TracedLoss, equation: Equation) -> bool:

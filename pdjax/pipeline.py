@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any, Literal
 
 import jax
@@ -18,21 +19,26 @@ from jax.sharding import Sharding
 
 from pdjax.arguments import (
     check_optimizer,
+    check_remat,
     check_rng,
     choose_num_microbatches,
     choose_placements,
-    for_each_stage,
     one_of,
+    read_plan,
+    read_profile,
+    read_topology,
 )
 from pdjax.differentiate import Remat
 from pdjax.errors import BrokenPipelineError, NonFiniteLossError
 from pdjax.planner import Plan
 from pdjax.prepare import Prepared, Settings
+from pdjax.profile import Profile
 from pdjax.runtime.executor import Executor, Run
 from pdjax.runtime.placed import Values
 from pdjax.runtime.recorder import Recorder
 from pdjax.schedules import Schedule
 from pdjax.timeline import Timeline
+from pdjax.topology import Topology
 from pdjax.trees import is_key
 from pdjax.weights import WeightRule
 
@@ -128,13 +134,22 @@ class Pipeline:
         optimizer: an optax optimizer.
         schedule: the name of an algorithm (``"model_parallel"``, ``"gpipe"``, ``"one_f_one_b"``,
             ``"pipedream"``), or a `Schedule`.
-        num_stages: number of stages; one for each device if not given.
+        num_stages: number of stages; if not given, what the plan says.
         num_microbatches: how many microbatches a minibatch is divided into; if not given, 1 for
             ``"pipedream"``, else as many as divide it evenly, up to four for each stage.
         devices: where the stages are placed, one each, as devices or shardings; `jax.devices()`
             if not given.
-        plan: where the model is cut: a `Plan`, or the names of the layers or modules that begin
-            the second, third, … stage. If not given, stages of about equal estimated work.
+        plan: where the model is cut. ``"auto"``, what is done if it is not given: the layers are
+            measured on the first device, and the planner finds the fastest straight pipeline that
+            fits; if `num_stages` is not given, it may use fewer devices than there are. What was
+            measured is kept beside JAX's compilation cache, if there is one.
+            ``"balanced"``: stages of about equal work, estimated from shapes. Or a `Plan`, the
+            path of one, or the names of the layers or modules that begin the second, third, …
+            stage.
+        topology: for ``plan="auto"``: how the devices are joined, as a `Topology` or its text
+            form; measured if not given.
+        profile: for ``plan="auto"``: a `Profile` of the model or the path of one, in the place of
+            a measurement.
         eval_loss_fn: what `evaluate` computes, with the signature of `loss_fn`; `loss_fn` if not
             given. Use it to switch dropout off.
         batch_axes: the axis of the batch leaves that counts examples: a number, or a pytree of
@@ -144,7 +159,8 @@ class Pipeline:
             loss. The loss of a minibatch is then the sum of all sums over the sum of all weights,
             which is right for masked examples. The weight is not differentiated.
         remat: what the backward passes recompute: ``"none"``, ``"full"`` or a `jax.checkpoint`
-            policy; for all stages, or a sequence with one for each.
+            policy; for all stages, or a sequence with one for each. If not given, as the plan says:
+            nothing, but where memory would not suffice.
         weight_rule: which version of the weights the passes read; that of the algorithm if not
             given.
         state_update: whether the mutable state changes with every ``"microbatch"``, in order, or
@@ -169,30 +185,37 @@ class Pipeline:
         num_stages: int | None = None,
         num_microbatches: int | None = None,
         devices: Sequence[Any] | None = None,
-        plan: Plan | Sequence[str] | None = None,
+        plan: Plan | str | PathLike[str] | Sequence[str] | None = None,
+        topology: Topology | str | None = None,
+        profile: Profile | str | PathLike[str] | None = None,
         eval_loss_fn: Callable[..., Any] | None = None,
         batch_axes: Any = 0,
         weighted_loss: bool = False,
-        remat: Remat | Sequence[Remat] = "none",
+        remat: Remat | Sequence[Remat] | None = None,
         weight_rule: WeightRule | None = None,
         state_update: Literal["microbatch", "minibatch"] = "microbatch",
         run_ahead: int | None = None,
         nonfinite: Literal["raise", "ignore"] = "raise",
     ) -> None:
         check_optimizer(optimizer)
-        placements = choose_placements(schedule, num_stages, devices, plan)
+        check_remat(remat)
+        chosen = read_plan(plan)
+        placements, count = choose_placements(schedule, num_stages, devices, chosen, remat)
         self._settings = Settings(
             loss_fn=loss_fn,
             optimizer=optimizer,
             schedule=schedule,
             weight_rule=weight_rule,
             placements=placements,
+            num_stages=count,
             num_microbatches=choose_num_microbatches(schedule, num_microbatches),
-            plan=plan,
+            plan=chosen,
+            topology=read_topology(topology),
+            profile=read_profile(profile),
             eval_loss_fn=eval_loss_fn or loss_fn,
             batch_axes=batch_axes,
             weighted_loss=weighted_loss,
-            remat=for_each_stage(remat, len(placements)),
+            remat=remat,
             state_update=one_of("state_update", state_update, ("microbatch", "minibatch")),
         )
         self._run_ahead = run_ahead

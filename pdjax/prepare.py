@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -16,7 +16,8 @@ import optax
 from jax.sharding import Sharding
 
 from pdjax import jaxprs
-from pdjax.arguments import taking_key
+from pdjax.arguments import for_each_stage, taking_key
+from pdjax.automatic import Machines, automatic_plan
 from pdjax.batches import (
     BatchSpec,
     check_structure,
@@ -26,9 +27,10 @@ from pdjax.batches import (
 )
 from pdjax.bookkeeping import inseparable_by_state, inseparable_by_ties
 from pdjax.differentiate import Remat
-from pdjax.graph import LayerGraph, build_graph
+from pdjax.graph import LayerGraph, build_graph, model_fingerprint
 from pdjax.optimizer import UpdateSplit, init_program, split_update
-from pdjax.planner import Plan, balanced_plan, manual_plan
+from pdjax.planner import Plan, PlanOptions, balanced_plan, manual_plan
+from pdjax.profile import Profile
 from pdjax.program import Program
 from pdjax.runtime.evaluation import Evaluation
 from pdjax.runtime.executor import Executor, Feed, Run, StageState
@@ -37,8 +39,9 @@ from pdjax.runtime.passes import Passes, PlacedConsts
 from pdjax.runtime.placed import Values, placed
 from pdjax.runtime.transport import LocalTransport
 from pdjax.runtime.update import UpdateRunner
-from pdjax.schedules import Schedule, find_algorithm, validate
+from pdjax.schedules import ALGORITHMS, Schedule, find_algorithm, validate
 from pdjax.split import StageSplit, split
+from pdjax.topology import Topology
 from pdjax.trees import own_copy, place
 from pdjax.weights import LATEST, STASH, WeightRule, peak_versions
 
@@ -47,37 +50,67 @@ _log = logging.getLogger("pdjax")
 
 @dataclass(frozen=True)
 class Settings:
-    """What a `Pipeline` was made with; see there."""
+    """What a `Pipeline` was made with; see there.
+
+    Attributes:
+        placements: where stages may be placed.
+        num_stages: how many there are; None if the plan is to say.
+    """
 
     loss_fn: Callable[..., Any]
     optimizer: optax.GradientTransformation
     schedule: str | Schedule
     weight_rule: WeightRule | None
     placements: tuple[Sharding, ...]
+    num_stages: int | None
     num_microbatches: int | None
-    plan: Plan | Sequence[str] | None
+    plan: Plan | tuple[str, ...] | Literal["auto", "balanced"]
+    topology: Topology | None
+    profile: Profile | None
     eval_loss_fn: Callable[..., Any]
     batch_axes: Any
     weighted_loss: bool
-    remat: tuple[Remat, ...]
+    remat: Remat | Sequence[Remat] | None
     state_update: Literal["microbatch", "minibatch"]
 
+    def for_plan(self, plan: Plan) -> Settings:
+        """The settings with all that a plan decides."""
+        placements = tuple(self.placements[at] for at in workers_of(plan, len(self.placements)))
+        return replace(self, plan=plan, placements=placements, num_stages=plan.num_stages)
+
+    def for_batch(self, batch_size: int) -> Settings:
+        """The settings with the number of microbatches, for minibatches of `batch_size`."""
+        if self.num_microbatches is not None or not isinstance(self.schedule, str):
+            return self
+        count = 1
+        if find_algorithm(self.schedule).divides:
+            count = default_num_microbatches(batch_size, self.num_stages or len(self.placements))
+        return replace(self, num_microbatches=count)
+
     @property
-    def num_stages(self) -> int:
-        """Number of stages."""
-        return len(self.placements)
+    def flushes(self) -> bool:
+        """Whether the pipeline is empty after each minibatch."""
+        if isinstance(self.schedule, Schedule):
+            return self.schedule.flushes
+        return find_algorithm(self.schedule).order(1, self.num_microbatches or 1).flushes
 
 
-def make_schedule(settings: Settings, batch_size: int) -> tuple[Schedule, WeightRule]:
-    """The validated schedule and weight rule for minibatches of `batch_size` examples."""
+def workers_of(plan: Plan, num_workers: int) -> tuple[int, ...]:
+    """For each stage of a straight plan its worker: the one that was planned, if it is there."""
+    planned = tuple(stage.workers[0] for stage in plan.stages)
+    if planned and max(planned) < num_workers:
+        return planned
+    return tuple(range(plan.num_stages))
+
+
+def make_schedule(settings: Settings) -> tuple[Schedule, WeightRule]:
+    """The validated schedule and weight rule, once all is decided."""
     schedule = settings.schedule
+    assert settings.num_stages is not None, "the plan has said how many"
     if isinstance(schedule, str):
         algorithm = find_algorithm(schedule)
-        count = settings.num_microbatches
-        if count is None and algorithm.divides:
-            count = default_num_microbatches(batch_size, settings.num_stages)
         rule = settings.weight_rule or algorithm.weight_rule
-        schedule = algorithm.order(settings.num_stages, count or 1)
+        schedule = algorithm.order(settings.num_stages, settings.num_microbatches or 1)
     else:
         rule = settings.weight_rule or (LATEST if schedule.flushes else STASH)
     validate(schedule, rule)
@@ -102,22 +135,24 @@ class Prepared:
     def __init__(
         self, settings: Settings, params: Any, batch: Any, model_state: Any, rng: Any
     ) -> None:
-        self._settings = settings
+        self._spec = describe_batch(batch, settings.batch_axes)
+        self._settings = settings = settings.for_batch(self._spec.size)
         self._params, self._state = jax.eval_shape(lambda: (params, model_state))
         self._key = rng
+        graph = self._graph(settings.loss_fn, self._spec.microbatch(settings.num_microbatches or 1))
+        self.plan = make_plan(settings, graph, self._spec.size, self._params)
+        self._settings = settings = settings.for_plan(self.plan)
+        self._remat = remat_of(settings, self.plan)
+        self.schedule, self.rule = make_schedule(settings)
         self._keys = [place(rng, placement) for placement in settings.placements]
         self._passes: dict[Any, Passes] = {}
         self._known: dict[Any, Passes] = {}
         self._evaluations: dict[Any, Evaluation] = {}
         self._consts = PlacedConsts(settings.placements)
-        self._spec = describe_batch(batch, settings.batch_axes)
-        self.schedule, self.rule = make_schedule(settings, self._spec.size)
-        graph = self._graph(settings.loss_fn, self._microbatch(self._spec))
-        self.plan = make_plan(settings, graph, self.schedule)
         self.split = split(graph, self.plan.first_layers)
         self.update = self._split_optimizer()
         self.state_homes = _state_homes(self.split)
-        self._updates = [self._update_runner(stage) for stage in range(settings.num_stages)]
+        self._updates = [self._update_runner(stage) for stage in range(self.plan.num_stages)]
         self.executor = Executor(
             self.schedule,
             self.rule,
@@ -169,7 +204,7 @@ class Prepared:
             self._params,
             self.split.homes,
             traced.param_names,
-            self._settings.num_stages,
+            self.plan.num_stages,
         )
         if not self.schedule.flushes:
             _refuse_ties(self.split, self.schedule)
@@ -195,7 +230,7 @@ class Prepared:
             self._settings.placements,
             self.schedule,
             Slicing(m, spec.axes),
-            self._settings.remat,
+            self._remat,
             self._updates,
             self._metric_axes(spec, stages),
             self._consts.of(stages),
@@ -319,25 +354,72 @@ class Prepared:
         return {i: run.stages[homes[0]].model[i] for i, homes in enumerate(self.state_homes)}
 
 
-def make_plan(settings: Settings, graph: LayerGraph, schedule: Schedule) -> Plan:
-    """The plan that was asked for, checked against the model's layers, or a balanced one."""
+def make_plan(settings: Settings, graph: LayerGraph, batch_size: int, params: Any) -> Plan:
+    """The plan that was asked for, checked against the model's layers."""
     names = graph.names
     work = [layer.flops for layer in graph.layers]
-    if settings.plan is None:
-        cut_bytes = [layer.cut_bytes for layer in graph.layers]
-        together = inseparable_by_state(graph)
-        if not schedule.flushes:
-            together += inseparable_by_ties(graph)
-        return balanced_plan(names, work, cut_bytes, settings.num_stages, together)
-    if not isinstance(settings.plan, Plan):
+    if isinstance(settings.plan, tuple):
         return manual_plan(names, work, settings.plan)
-    if settings.plan.layers != names:
-        differing = sorted(set(settings.plan.layers) ^ set(names))
+    if isinstance(settings.plan, Plan):
+        check_plan(settings.plan, graph)
+        return settings.plan
+    if settings.plan == "balanced":
+        together = inseparable_by_state(graph)
+        if not settings.flushes:
+            together += inseparable_by_ties(graph)
+        cut_bytes = [layer.cut_bytes for layer in graph.layers]
+        stages = settings.num_stages or len(settings.placements)
+        return balanced_plan(names, work, cut_bytes, stages, together)
+    count = settings.num_microbatches or 1
+    options = PlanOptions(
+        schedule=_planned_as(settings),
+        num_microbatches=count,
+        num_stages=settings.num_stages,
+        straight=True,
+        remat=settings.remat is None,
+        optimizer_bytes_per_param_byte=_optimizer_ratio(settings.optimizer, params),
+    )
+    devices = tuple(next(iter(p.device_set)) for p in settings.placements)
+    machines = Machines(devices, settings.topology, settings.profile)
+    return automatic_plan(graph, machines, options, batch_size // count)
+
+
+def check_plan(plan: Plan, graph: LayerGraph) -> None:
+    """Raises ValueError if a plan was made for another model."""
+    if plan.layers != graph.names:
+        differing = sorted(set(plan.layers) ^ set(graph.names))
         raise ValueError(
-            f"the plan was made for another model: {len(settings.plan.layers)} layers in the "
-            f"plan, {len(names)} in this model; differing: {differing[:6]}. Make a new plan."
+            f"the plan was made for another model: {len(plan.layers)} layers in the "
+            f"plan, {len(graph.names)} in this model; differing: {differing[:6]}. Make a new plan."
         )
-    return settings.plan
+    if plan.model and plan.model != model_fingerprint(graph):
+        raise ValueError(
+            f"the plan was made for another model: its fingerprint is {plan.model}, that of this "
+            f"model {model_fingerprint(graph)}. The layers have the same names, but other "
+            "parameters or sizes. Make a new plan."
+        )
+
+
+def remat_of(settings: Settings, plan: Plan) -> tuple[Remat, ...]:
+    """What each stage recomputes: as was asked for, else as was planned."""
+    if settings.remat is None:
+        return plan.remat
+    return for_each_stage(settings.remat, plan.num_stages)
+
+
+def _planned_as(settings: Settings) -> str:
+    """The algorithm whose memory and order a plan reckons with."""
+    schedule = settings.schedule
+    name = schedule.name if isinstance(schedule, Schedule) else schedule
+    return name if name in ALGORITHMS else "one_f_one_b" if settings.flushes else "pipedream"
+
+
+def _optimizer_ratio(optimizer: optax.GradientTransformation, params: Any) -> float:
+    """Bytes of the optimizer state for each byte of the parameters."""
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    state = jax.eval_shape(optimizer.init, params)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return size / held if held else 0.0
 
 
 def _refuse_ties(stages: StageSplit, schedule: Schedule) -> None:

@@ -7,12 +7,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+import numbers
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from os import PathLike
+from pathlib import Path
 from typing import Any
+
+from pdjax.errors import PdjaxWarning
 
 FORMAT = 1
 """Version of the JSON form."""
+
+SOURCES = ("measured", "analytic", "imported")
+"""How the figures of a profile can have been found."""
+
+_PER_EXAMPLE = ("forward_s", "backward_s", "spread_s", "cut_bytes", "stash_bytes", "flops")
 
 
 @dataclass(frozen=True)
@@ -44,10 +55,10 @@ class LayerProfile:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "name" and not (math.isfinite(value) and value >= 0):
+            if field.name != "name" and not _is_amount(value):
                 raise ValueError(
-                    f"layer {self.name!r}: {field.name} is {value}; expected a finite number that "
-                    "is not negative."
+                    f"layer {self.name!r}: {field.name} is {value!r}; expected a finite number "
+                    "that is not negative."
                 )
 
     @property
@@ -66,7 +77,12 @@ class Profile:
         device: kind of the device that the figures are for; "" if unknown.
         model: fingerprint of the traced model; "" if unknown.
         jax_version: the version of JAX that measured; "" if it was not JAX.
+        dtype: the dtype that most bytes of the parameters have; "" if unknown.
         source: how the figures were found: ``"measured"``, ``"analytic"`` or ``"imported"``.
+        inseparable: ranges of layers (first, last) that share a changing state: no cut may
+            separate them.
+        tied: ranges of layers (first, last) that use the same parameter: no cut may separate them
+            under an asynchronous schedule.
     """
 
     layers: tuple[LayerProfile, ...]
@@ -75,10 +91,27 @@ class Profile:
     model: str = ""
     jax_version: str = ""
     source: str = "imported"
+    dtype: str = ""
+    inseparable: tuple[tuple[int, int], ...] = ()
+    tied: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.layers:
             raise ValueError("a profile has no layers; expected at least one.")
+        if self.batch_size is not None:
+            check_batch_size(self.batch_size)
+        for field in ("device", "model", "jax_version", "dtype"):
+            if not isinstance(getattr(self, field), str):
+                raise ValueError(f"{field} is {getattr(self, field)!r}; expected a text.")
+        if self.source not in SOURCES:
+            raise ValueError(f"source is {self.source!r}; expected one of {', '.join(SOURCES)}.")
+        for field in ("inseparable", "tied"):
+            for pair in getattr(self, field):
+                if not _is_range(pair, len(self.layers)):
+                    raise ValueError(
+                        f"{field} has {pair!r}; expected pairs of layers, the first and the last "
+                        f"of a range, from 0 to {len(self.layers) - 1}."
+                    )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -93,9 +126,51 @@ class Profile:
         """A field of every layer."""
         return [getattr(layer, field) for layer in self.layers]
 
+    def rescaled(self, batch_size: int) -> Profile:
+        """The profile for microbatches of another size, by simple proportion.
+
+        Seconds, operations and the bytes of activations grow with the batch, those of parameters do
+        not. A device is rarely that simple: small batches cost more than their share.
+
+        Args:
+            batch_size: examples in a microbatch.
+
+        Returns:
+            The profile itself if it is for that size; else another, with a `PdjaxWarning`.
+
+        Raises:
+            ValueError: if the profile does not say what batch size it is for.
+        """
+        check_batch_size(batch_size)
+        if self.batch_size is None:
+            raise ValueError(
+                f"the profile does not say for which batch size it is, and {batch_size} is asked "
+                "for. If it is the same, say so: dataclasses.replace(profile, "
+                f"batch_size={batch_size}); else measure again."
+            )
+        if self.batch_size == batch_size:
+            return self
+        warnings.warn(
+            f"the profile is for microbatches of {self.batch_size} examples; its seconds and the "
+            f"bytes of its activations are scaled by {batch_size}/{self.batch_size}. A profile "
+            f"that is measured with {batch_size} would be better.",
+            PdjaxWarning,
+            stacklevel=2,
+        )
+        ratio = batch_size / self.batch_size
+        layers = (
+            replace(layer, **{field: getattr(layer, field) * ratio for field in _PER_EXAMPLE})
+            for layer in self.layers
+        )
+        return replace(self, layers=tuple(layers), batch_size=batch_size)
+
     def to_json(self) -> str:
         """The profile as JSON."""
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the profile as JSON; `pdjax.profile_files.load_profile` reads it."""
+        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
 
     @classmethod
     def from_json(cls, text: str, where: str = "profile") -> Profile:
@@ -112,12 +187,48 @@ class Profile:
             value: Any = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}, line {error.lineno}: {error.msg}.") from None
-        if not isinstance(value, dict) or "layers" not in value:
-            raise ValueError(f"{where}: no profile: it has no 'layers'.")
+        if not isinstance(value, dict) or not isinstance(value.get("layers"), list):
+            raise ValueError(f"{where}: no profile: it has no list 'layers'.")
         if value.pop("format", None) != FORMAT:
             raise ValueError(f"{where}: expected format {FORMAT}; make the profile anew.")
+        _check_fields(cls, value, where)
+        for number, layer in enumerate(value["layers"], 1):
+            _check_fields(LayerProfile, layer, f"{where}, layer {number}")
         try:
             layers = tuple(LayerProfile(**layer) for layer in value.pop("layers"))
+            for field in ("inseparable", "tied"):
+                value[field] = tuple(map(tuple, value.get(field, ())))
             return cls(layers, **value)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from None
+
+
+def check_batch_size(batch_size: Any) -> None:
+    """Raises ValueError unless `batch_size` is a whole number of at least 1."""
+    whole = isinstance(batch_size, numbers.Integral) and not isinstance(batch_size, bool)
+    if not whole or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}; expected a whole number of at least 1.")
+
+
+def _is_range(pair: Any, num_layers: int) -> bool:
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        return False
+    return all(isinstance(at, int) for at in pair) and 0 <= pair[0] <= pair[1] < num_layers
+
+
+def _is_amount(value: Any) -> bool:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_number and 0 <= float(value) < math.inf
+
+
+def _check_fields(kind: type[Any], value: Any, where: str) -> None:
+    """Raises ValueError unless `value` has the fields that `kind` needs and no others."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}: {value!r}; expected the fields of a {kind.__name__}.")
+    known = [field.name for field in fields(kind)]
+    missing = [f.name for f in fields(kind) if f.default is MISSING and f.name not in value]
+    unknown = [name for name in value if name not in known]
+    if missing:
+        raise ValueError(f"{where}: missing {', '.join(missing)}.")
+    if unknown:
+        raise ValueError(f"{where}: unknown {', '.join(unknown)}; known are {', '.join(known)}.")

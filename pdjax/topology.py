@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from itertools import groupby
+from typing import Any
 
 _DECIMAL = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _BINARY = {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
@@ -89,6 +91,39 @@ class Topology:
         """Equal workers on equal links."""
         memory = () if memory_bytes is None else (memory_bytes,) * num_workers
         return cls((Level(num_workers, bandwidth_bytes_per_s),), memory)
+
+    @classmethod
+    def local(
+        cls,
+        devices: Sequence[Any] | None = None,
+        *,
+        bandwidth_bytes_per_s: float | None = None,
+    ) -> Topology:
+        """The devices of this process as workers, on equal links. This one function needs JAX.
+
+        Args:
+            devices: the workers, in order; all local devices if not given.
+            bandwidth_bytes_per_s: of their links; measured if not given, which takes about a
+                second (see `pdjax.bandwidth.measure_bandwidth`).
+
+        Returns:
+            One level. It has the memory that the devices may use where all of them tell; else
+            (the devices of a CPU do not) memory is unlimited.
+
+        Raises:
+            ValueError: if there are no devices, or one is another process's.
+        """
+        import jax
+
+        from pdjax.bandwidth import measure_bandwidth
+
+        devices = jax.local_devices() if devices is None else list(devices)
+        if bandwidth_bytes_per_s is None:
+            bandwidth_bytes_per_s = measure_bandwidth(devices)
+        stats = [device.memory_stats() or {} for device in devices]
+        known = all("bytes_limit" in found for found in stats)
+        memory = tuple(int(found["bytes_limit"]) for found in stats) if known else ()
+        return cls((Level(len(devices), bandwidth_bytes_per_s),), memory)
 
     @classmethod
     def parse(cls, text: str) -> Topology:

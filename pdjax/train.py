@@ -14,12 +14,17 @@ from rich.console import Console
 
 import pdjax
 from pdjax import data
+from pdjax.arguments import read_plan
 from pdjax.config import TrainConfig
+from pdjax.planner import Plan
+from pdjax.topology import Topology
 from pdjax.training.baseline import SingleDevice
 from pdjax.training.loop import Speed, TrainingLoop, evaluate
 from pdjax.training.outputs import RunDirectory, check_free, make_directory
 from pdjax.training.progress import TrainingProgress
 from pdjax.training.task import Task, make_task
+
+_NUM_STAGES = 2
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,7 +53,8 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
         NonFiniteLossError: if the loss becomes NaN or infinite.
     """
     _check(config)
-    make_devices(config.num_stages)
+    plan = read_plan(config.cuts or config.plan)
+    make_devices(_num_devices(config, plan))
     task = make_task(config)
     batches = data.batches(task.dataset.train, config.batch_size)
     optimizer = optax.adam(_learning_rate(config))
@@ -56,25 +62,28 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
         task.loss_fn,
         optimizer,
         schedule=config.schedule,
-        num_stages=config.num_stages,
+        num_stages=_num_stages(config, plan),
         num_microbatches=config.num_microbatches,
-        plan=config.cuts or None,
+        plan=plan,
+        topology=config.topology,
         eval_loss_fn=task.eval_loss_fn,
         remat=config.remat,
         nonfinite=config.nonfinite,
     )
     _describe(console, config, task)
     batch = jax.tree.map(lambda leaf: np.stack([leaf] * config.batch_size), task.dataset.train[0])
-    with console.status("tracing and compiling"):
-        state = pipe.init(
-            task.params, batch, model_state=task.model_state, rng=jax.random.key(config.seed)
-        )
-        baseline = None
-        if config.single_device:
-            baseline = SingleDevice(task.loss_fn, optimizer, task.params, task.model_state)
-            baseline.run([batch])
+    console.print("tracing, profiling and compiling …")
+    state = pipe.init(
+        task.params, batch, model_state=task.model_state, rng=jax.random.key(config.seed)
+    )
+    baseline = None
+    if config.single_device:
+        baseline = SingleDevice(task.loss_fn, optimizer, task.params, task.model_state)
+        baseline.run([batch])
     console.print(f"schedule {config.schedule}, {pipe.schedule.num_microbatches} microbatches")
-    console.print(str(pipe.plan), markup=False)
+    console.print(str(pipe.plan), markup=False, soft_wrap=True)
+    if pipe.plan.prediction is not None and jax.default_backend() == "cpu":
+        console.print("(the prediction is for devices that have cores of their own)")
     output = make_directory(config.output, f"{config.model}-{config.schedule}")
     with RunDirectory(output) as directory, TrainingProgress(console, config.steps) as progress:
         loop = TrainingLoop(config, batches, pipe, baseline, directory)
@@ -87,6 +96,23 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
         directory.write_summary(summary)
     _report(console, summary, held_out, output)
     return summary
+
+
+def _num_stages(config: TrainConfig, plan: Plan | tuple[str, ...] | str) -> int | None:
+    """How many stages are asked for; None if the plan says it."""
+    by_plan = isinstance(plan, (Plan, tuple))
+    return None if by_plan and config.num_stages is None else config.num_stages or _NUM_STAGES
+
+
+def _num_devices(config: TrainConfig, plan: Plan | tuple[str, ...] | str) -> int:
+    """How many devices the run takes."""
+    if isinstance(plan, Plan):
+        return 1 + max((max(stage.workers) for stage in plan.stages), default=plan.num_stages - 1)
+    if isinstance(plan, tuple):
+        return len(plan) + 1
+    if config.topology is not None:
+        return Topology.parse(config.topology).num_workers
+    return config.num_stages or _NUM_STAGES
 
 
 def make_devices(num_stages: int) -> None:
@@ -103,10 +129,12 @@ def make_devices(num_stages: int) -> None:
 def _check(config: TrainConfig) -> None:
     for name in ("num_stages", "batch_size", "steps", "sequence_length", "eval_examples"):
         value = getattr(config, name)
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1.")
     if not config.learning_rate > 0:
         raise ValueError(f"--learning-rate {config.learning_rate}: expected more than 0.")
+    if config.cuts and config.plan:
+        raise ValueError("got both --cuts and --plan; expected one of them.")
     if config.output is not None:
         check_free(config.output)
 
@@ -122,13 +150,13 @@ def _learning_rate(config: TrainConfig) -> optax.Schedule:
 
 
 def _describe(console: Console, config: TrainConfig, task: Task) -> None:
-    devices = jax.devices()[: config.num_stages]
+    devices = jax.devices()
     console.print(
         f"{config.model}, {task.num_parameters:,} parameters; {task.dataset.description}",
         markup=False,
     )
     console.print(
-        f"{config.num_stages} stages on {', '.join(map(str, devices))}; seed {config.seed}",
+        f"devices {', '.join(map(str, devices))}; seed {config.seed}",
         markup=False,
     )
 
@@ -143,7 +171,7 @@ def _summarise(
     return {
         "model": config.model,
         "schedule": config.schedule,
-        "num_stages": config.num_stages,
+        "num_stages": pipe.plan.num_stages,
         "num_microbatches": pipe.schedule.num_microbatches,
         "batch_size": config.batch_size,
         "steps": config.steps,

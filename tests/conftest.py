@@ -4,6 +4,9 @@ import os
 import tempfile
 
 import jax
+import pytest
+
+from pdjax import arguments
 
 jax.config.update("jax_num_cpu_devices", 4)
 
@@ -13,3 +16,12 @@ _CACHE = os.environ.setdefault("PDJAX_TEST_CACHE", tempfile.mkdtemp(prefix="pdja
 jax.config.update("jax_compilation_cache_dir", _CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(autouse=True)
+def planned_without_a_clock(monkeypatch):
+    """Where no plan is given stages are cut by estimated work: no test may depend on timing.
+
+    Tests of what users get by default say ``plan="auto"``.
+    """
+    monkeypatch.setattr(arguments, "DEFAULT_PLAN", "balanced")

@@ -403,7 +403,7 @@ CASE = zoo.dense_blocks()
         ({"schedule": pdjax.gpipe(3, 2), "num_stages": 2}, "disagree about the number of stages"),
         ({"schedule": pdjax.gpipe(2, 2), "num_microbatches": 3}, "the schedule is for 2"),
         ({"remat": "some"}, "remat='some'; expected one of 'none', 'full'"),
-        ({"remat": ["none"] * 3, "num_stages": 2}, "3 entries for 2 stages"),
+        ({"remat": ["none"] * 3, "num_stages": 2}, "disagree.*'remat': 3"),
         ({"nonfinite": "warn"}, "nonfinite='warn'; expected one of"),
         ({"state_update": "never"}, "state_update='never'; expected one of"),
         ({"run_ahead": 0}, "run_ahead=0; expected at least 1"),

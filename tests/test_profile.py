@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
+import warnings
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdjax.errors import PdjaxWarning
 from pdjax.graph_txt import read_graph, write_graph
 from pdjax.profile import LayerProfile, Profile
+from pdjax.profile_files import load_profile
 
 
 def node(name: str, what: str, forward: str, backward: str, activation: str, params: str) -> str:
@@ -116,9 +121,11 @@ def test_an_empty_graph(text):
     [
         ("{", "p.json, line 1"),
         ("[]", "no profile"),
+        ('{"layers": {}, "format": 1}', "no profile"),
         ('{"layers": [], "format": 7}', "expected format 1"),
         ('{"layers": [], "format": 1}', "no layers"),
-        ('{"layers": [{"name": "a"}], "format": 1}', "missing"),
+        ('{"layers": [{"name": "a"}], "format": 1}', "layer 1: missing forward_s, backward_s"),
+        ('{"layers": [3], "format": 1}', "layer 1: 3; expected the fields"),
     ],
 )
 def test_what_is_no_profile(text, message):
@@ -129,3 +136,87 @@ def test_what_is_no_profile(text, message):
 def test_a_layer_that_takes_negative_time():
     with pytest.raises(ValueError, match="layer 'a': forward_s is -1"):
         LayerProfile("a", -1.0, 0.0, 0.0, 0.0)
+
+
+PROFILE = Profile(
+    (LayerProfile("a", 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0), LayerProfile("b", 0.0, 0.0, 0.0, 0.0)),
+    batch_size=8,
+    device="cpu",
+    model="00ff",
+    jax_version="0.10.2",
+    source="measured",
+    dtype="bfloat16",
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("forward_s", 1.0, "NaN"), "layer 'a': forward_s is nan; expected a finite number"),
+        (("backward_s", 2.0, "-2.0"), "layer 'a': backward_s is -2.0"),
+        (("cut_bytes", 3.0, '"3"'), "layer 'a': cut_bytes is '3'"),
+        (("flops", 6.0, "null"), "layer 'a': flops is None"),
+        (("batch_size", 8, "0"), "batch_size is 0; expected a whole number of at least 1"),
+        (("batch_size", 8, "2.5"), "batch_size is 2.5"),
+        (("device", '"cpu"', "3"), "device is 3; expected a text"),
+        (("source", '"measured"', '"guessed"'), "source is 'guessed'; expected one of measured"),
+        (("device", '"cpu"', '"cpu", "colour": "red"'), "unknown colour; known are layers, batch"),
+        (("forward_s", 1.0, '1.0, "sideways_s": 1.0'), "layer 1: unknown sideways_s"),
+    ],
+)
+def test_a_bad_figure_in_a_file(change, message, tmp_path):
+    name, old, new = change
+    text = PROFILE.to_json()
+    assert f'"{name}": {old}' in text
+    path = tmp_path / "bad.json"
+    path.write_text(text.replace(f'"{name}": {old}', f'"{name}": {new}', 1))
+    with pytest.raises(ValueError, match=rf"bad\.json.*{message}"):
+        load_profile(path)
+
+
+def test_files_of_both_forms_are_told_apart(tmp_path):
+    saved, graph = tmp_path / "saved", tmp_path / "graph"
+    PROFILE.save(saved)
+    graph.write_text(DIAMOND)
+    assert load_profile(saved) == PROFILE
+    assert load_profile(str(graph)) == read_graph(DIAMOND)
+
+
+def test_a_file_without_the_fields_that_came_later_is_read(tmp_path):
+    value = json.loads(PROFILE.to_json())
+    del value["dtype"], value["layers"][0]["spread_s"]
+    (tmp_path / "old.json").write_text(json.dumps(value))
+    layers = (dataclasses.replace(PROFILE.layers[0], spread_s=0.0), PROFILE.layers[1])
+    expected = dataclasses.replace(PROFILE, layers=layers, dtype="")
+    assert load_profile(tmp_path / "old.json") == expected
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot read the profile .*nowhere"):
+        load_profile(tmp_path / "nowhere")
+    (tmp_path / "model.txt").write_text("hello\n")
+    with pytest.raises(ValueError, match=r"model\.txt, line 1"):
+        load_profile(tmp_path / "model.txt")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"cannot read the profile .*picture\.png"):
+        load_profile(tmp_path / "picture.png")
+
+
+def test_another_batch_size_is_scaled_with_a_warning():
+    with pytest.warns(PdjaxWarning, match=r"of 8 examples.*scaled by 2/8.*measured with 2"):
+        scaled = PROFILE.rescaled(2)
+    first = LayerProfile("a", 0.25, 0.5, 0.75, 4.0, 1.25, 1.5, 1.75)
+    assert scaled == dataclasses.replace(PROFILE, layers=(first, PROFILE.layers[1]), batch_size=2)
+
+
+def test_the_same_batch_size_is_left_alone():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert PROFILE.rescaled(8) is PROFILE
+
+
+def test_a_batch_size_cannot_be_scaled_from_none():
+    with pytest.raises(ValueError, match=r"does not say for which batch size.*batch_size=4"):
+        dataclasses.replace(PROFILE, batch_size=None).rescaled(4)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        PROFILE.rescaled(0)

@@ -23,8 +23,11 @@ MODULES = [
 ]
 WITHOUT_JAX = [
     "pdjax.planner",
-    "pdjax.search",
+    "pdjax.planner.search",
+    "pdjax.planner.planning",
     "pdjax.profile",
+    "pdjax.profile_files",
+    "pdjax.rates",
     "pdjax.graph_txt",
     "pdjax.topology",
     "pdjax.schedules",

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pdjax.planner.cost_model import CostForm, Costs, MemoryForm, Part
+from pdjax.planner.search import fastest
 from pdjax.profile import LayerProfile, Profile
-from pdjax.search import CostForm, Costs, MemoryForm, Part, fastest
 from pdjax.topology import Level, Topology
 
 
@@ -42,7 +43,7 @@ def _fill(costs, bounds, replicas, starts, level, straight):
     choices = []
     for (a, b), m, unit in zip(itertools.pairwise(bounds), replicas, starts, strict=True):
         if level == 0:
-            choices.append([Part(a, b, m, unit)])
+            choices.append([Part(a, b, m, unit, remat=remat) for remat in (False, True)])
         else:
             inner = every_plan(costs, a, b, level - 1, straight)
             choices.append([Part(a, b, m, unit, parts) for parts in inner])
@@ -75,24 +76,34 @@ two_levels = st.builds(
 )
 
 
-def check(profile_layers, levels, cost, memory, sizes, straight=False):
+def check(profile_layers, levels, cost, memory, sizes, straight=False, num_stages=None, cuts=()):
     profile = Profile(tuple(profile_layers))
     count = math.prod(level.num_units for level in levels)
     topology = Topology(levels, tuple(sizes[:count]) if sizes else ())
-    costs = Costs(profile, topology, cost, memory)
+    costs = Costs(profile, topology, cost, memory, cuts)
     top = len(levels) - 1
     fitting = [
         costs.plan_s(parts)
         for parts in every_plan(costs, 0, costs.num_layers, top, straight)
-        if costs.excess_bytes(parts) == 0
+        if allowed(costs, parts, num_stages)
     ]
-    best = fastest(costs, straight=straight)
+    best = fastest(costs, straight=straight, num_stages=num_stages)
     if not fitting:
         assert best is None
         return
     assert best is not None
-    assert costs.excess_bytes(best) == 0
+    assert allowed(costs, best, num_stages)
     assert costs.plan_s(best) == pytest.approx(min(fitting), rel=1e-8)
+
+
+def allowed(costs, parts, num_stages):
+    stages = costs.stages(parts)
+    return (
+        num_stages in (None, len(stages))
+        and all(math.isfinite(costs.width_bytes[stage.first]) for stage in stages)
+        and not any(stage.remat and not costs.memory.remat for stage in stages)
+        and costs.excess_bytes(parts) == 0
+    )
 
 
 memories = st.one_of(
@@ -105,19 +116,43 @@ forms = st.builds(
     overlap=st.booleans(),
     sync=st.sampled_from(["ring", "paper", "original"]),
     activations=st.booleans(),
+    num_microbatches=st.sampled_from([None, 3, 8]),
 )
-memory_forms = st.builds(
-    MemoryForm, stashes=st.booleans(), optimizer_bytes_per_param_byte=st.sampled_from([0.0, 2.0])
+memory_forms = st.one_of(
+    st.builds(
+        MemoryForm,
+        stashes=st.booleans(),
+        num_microbatches=st.sampled_from([None, 2, 8]),
+        optimizer_bytes_per_param_byte=st.sampled_from([0.0, 2.0]),
+        buffers=st.booleans(),
+        remat=st.booleans(),
+    ),
+    st.just(MemoryForm(stashes=False, num_microbatches=3, keeps_all=True)),
+)
+stage_counts = st.sampled_from([None, None, 1, 2, 3])
+ranges = st.lists(
+    st.tuples(st.integers(0, 6), st.integers(0, 6)).map(sorted).map(tuple), max_size=2
 )
 
 
 @settings(deadline=None, max_examples=150)
-@given(layers, one_level, forms, memory_forms, memories, st.booleans())
-def test_one_level_equals_brute_force(found, levels, cost, memory, sizes, straight):
-    check(found, levels, cost, memory, sizes, straight)
+@given(layers, one_level, forms, memory_forms, memories, st.booleans(), stage_counts, ranges)
+def test_one_level_equals_brute_force(found, levels, cost, memory, sizes, straight, count, cuts):
+    cuts = [(a, min(b, len(found) - 1)) for a, b in cuts if a < len(found)]
+    check(found, levels, cost, memory, sizes, straight, count, cuts)
 
 
 @settings(deadline=None, max_examples=60)
-@given(layers.filter(lambda found: len(found) <= 4), two_levels, memory_forms, memories)
-def test_two_levels_equal_brute_force(found, levels, memory, sizes):
-    check(found, levels, CostForm(), memory, sizes)
+@given(
+    layers.filter(lambda found: len(found) <= 4),
+    two_levels,
+    forms,
+    memory_forms,
+    memories,
+    st.booleans(),
+    stage_counts,
+    ranges,
+)
+def test_two_levels_equal_brute_force(found, levels, cost, memory, sizes, straight, count, cuts):
+    cuts = [(a, min(b, len(found) - 1)) for a, b in cuts if a < len(found)]
+    check(found, levels, cost, memory, sizes, straight, count, cuts)

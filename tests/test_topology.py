@@ -1,11 +1,19 @@
-"""The short text form of topologies, and what is refused."""
+"""The short text form of topologies, what is refused, and the machine at hand."""
 
 from __future__ import annotations
 
+import re
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdjax import bandwidth
 from pdjax.topology import Level, Topology, format_bytes
 
 GIB = 2**30
@@ -64,3 +72,105 @@ def test_what_is_no_topology(text, message):
 def test_sizes_for_people():
     assert format_bytes(11.3 * GIB) == "11.3 GiB"
     assert format_bytes(512) == "512 B"
+
+
+def test_the_local_devices_are_the_workers(monkeypatch):
+    monkeypatch.setattr(bandwidth, "measure_bandwidth", lambda devices: 1e9 * len(devices))
+    assert Topology.local() == Topology.uniform(4, 4e9)
+    assert Topology.local(jax.devices()[:2]) == Topology.uniform(2, 2e9)
+    assert Topology.local(jax.devices()[:2], bandwidth_bytes_per_s=5.0).levels[0] == Level(2, 5.0)
+
+
+def gpu(memory_bytes):
+    stats = {"bytes_limit": memory_bytes, "bytes_in_use": 1} if memory_bytes else {}
+    return SimpleNamespace(memory_stats=lambda: stats)
+
+
+def test_memory_is_what_the_devices_say():
+    local = Topology.local([gpu(16 * GIB), gpu(8 * GIB)], bandwidth_bytes_per_s=1e9)
+    assert local.memory_bytes == (16 * GIB, 8 * GIB)
+    unknown = Topology.local([gpu(16 * GIB), gpu(None)], bandwidth_bytes_per_s=1e9)
+    assert unknown.memory_bytes == ()
+
+
+def test_bandwidth_is_bytes_over_seconds_without_the_first_turn(monkeypatch):
+    """The clock is made up: the transfers of the six pairs take 1 s, 2 s … 6 s, the first 60 s."""
+    times = []
+    for number, pair in enumerate([*range(1, 7)] * 2):
+        start = times[-1] if times else 0.0
+        times += [start, start + (60.0 if number < 6 else float(pair))]
+    clock = iter(times)
+    monkeypatch.setattr(bandwidth.time, "perf_counter", lambda: next(clock))
+    rates = bandwidth.measure_pairs(jax.devices()[:3], num_bytes=60, repeats=1)
+    assert rates == {
+        (0, 1): 60.0,
+        (0, 2): 30.0,
+        (1, 0): 20.0,
+        (1, 2): 15.0,
+        (2, 0): 12.0,
+        (2, 1): 10.0,
+    }
+    clock = iter(times)
+    assert bandwidth.measure_bandwidth(jax.devices()[:3], 60, 1) == 17.5
+
+
+def test_bandwidth_of_too_few_devices():
+    assert bandwidth.measure_bandwidth(jax.devices()[:1]) == bandwidth.ALONE_BYTES_PER_S
+    with pytest.raises(ValueError, match="no devices"):
+        bandwidth.measure_bandwidth([])
+    with pytest.raises(ValueError, match="no devices"):
+        Topology.local([])
+    with pytest.raises(ValueError, match="there is one process"):
+        bandwidth.measure_between_processes()
+    with pytest.raises(ValueError, match="belongs to process 7, this is process 0"):
+        bandwidth.measure_bandwidth([SimpleNamespace(process_index=7)])
+
+
+def test_the_command_prints_a_table_and_a_topology(capsys):
+    assert bandwidth.main(["--num-bytes", "64", "--repeats", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"B/s", printed)) == 4 * 3 + 1
+    (text,) = re.findall(r"--topology (.*)", printed)
+    assert Topology.parse(text).num_workers == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--coordinator", "localhost:1"], "--coordinator, --num-processes and"),
+        (["--num-bytes", "0"], "--num-bytes 0: expected at least 1"),
+        (
+            ["--coordinator", "a:1", "--num-processes", "2", "--process-id", "2"],
+            "--process-id 2: expected 0 to 1",
+        ),
+    ],
+)
+def test_arguments_that_make_no_sense(arguments, message, capsys):
+    assert bandwidth.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_measures_between_two_processes():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "pdjax.bandwidth", "--coordinator", address]
+    command += ["--num-processes", "2", "--num-devices", "2", "--num-bytes", "4096"]
+    running = [
+        subprocess.Popen(
+            [*command, "--process-id", str(process)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    try:
+        printed = [process.communicate(timeout=120)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0], printed
+    assert all("between processes:" in text for text in printed)
+    (text,) = re.findall(r"--topology (.*)", "".join(printed))
+    assert [level.num_units for level in Topology.parse(text).levels] == [2, 2]

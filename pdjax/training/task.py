@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -40,8 +41,12 @@ class Task:
     num_parameters: int
 
 
-def make_task(config: TrainConfig) -> Task:
+def make_task(config: TrainConfig, *, shapes_only: bool = False) -> Task:
     """Loads the data, builds the model and initialises its parameters.
+
+    Args:
+        config: what to train.
+        shapes_only: whether the parameters are left as shapes, so that they take no memory.
 
     Raises:
         ValueError: for an unknown model or data source, one that does not go with the other, or
@@ -63,7 +68,8 @@ def make_task(config: TrainConfig) -> Task:
         )
     model = spec.build(dataset.num_classes, **_read_fields(config.model_fields))
     example = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], dataset.train[0])
-    variables = jax.jit(model.init)(_init_key(config.seed), example["x"])
+    init = partial(jax.eval_shape, model.init) if shapes_only else jax.jit(model.init)
+    variables = init(_init_key(config.seed), example["x"])
     params, model_state = variables["params"], dict(variables)
     del model_state["params"]
     return Task(

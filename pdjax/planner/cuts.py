@@ -1,90 +1,19 @@
-"""Which layers make up which stage.
+"""Plans without a search: by estimated work alone, or by names that a person gives.
 
-A `Plan` is a value: the names of the layers and where each stage begins. `balanced_plan` makes one
-from estimated work alone, `manual_plan` from names that a person gives. Nothing here imports JAX.
+Nothing here imports JAX.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
+from pdjax.planner.plan import Plan
+
 _SLACK = 1.1  # how much more than the best balance a stage may work for the sake of a narrow cut
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which layers make up which stage.
-
-    Attributes:
-        layers: the names of all layers, in order.
-        first_layers: for each stage the index of its first layer; the first is 0.
-        shares: for each stage its share of the estimated work, if known.
-    """
-
-    layers: tuple[str, ...]
-    first_layers: tuple[int, ...]
-    shares: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        starts = self.first_layers
-        ascending = all(a < b for a, b in pairwise(starts))
-        if not starts or starts[0] != 0 or not ascending or starts[-1] >= len(self.layers):
-            raise ValueError(
-                f"stages begin at layers {list(starts)} of {len(self.layers)}; expected ascending "
-                "indices of layers, the first of them 0."
-            )
-
-    @property
-    def num_stages(self) -> int:
-        """Number of stages."""
-        return len(self.first_layers)
-
-    def stage_layers(self, stage: int) -> tuple[str, ...]:
-        """The names of the layers of `stage`."""
-        bounds = [*self.first_layers, len(self.layers)]
-        return self.layers[bounds[stage] : bounds[stage + 1]]
-
-    def first_layers_in(self, names: Sequence[str]) -> tuple[int, ...]:
-        """Where the stages begin in another line of layers, such as that of an evaluation.
-
-        A layer of the same name stays on its stage; one that the plan does not know stays with
-        the layer before it. A stage may come out empty: it then begins where the next one does.
-        """
-        stage_of = {name: s for s in range(self.num_stages) for name in self.stage_layers(s)}
-        stages, stage = [], 0
-        for name in names:
-            stage = max(stage, stage_of.get(name, stage))
-            stages.append(stage)
-        return tuple(
-            next((at for at, found in enumerate(stages) if found >= wanted), len(names))
-            for wanted in range(self.num_stages)
-        )
-
-    def __str__(self) -> str:
-        rows = []
-        for stage in range(self.num_stages):
-            layers = self.stage_layers(stage)
-            share = f"{self.shares[stage]:6.1%} of the work" if self.shares else ""
-            span = layers[0] if len(layers) == 1 else f"{layers[0]} … {layers[-1]}"
-            rows.append(f"stage {stage}: {len(layers):3d} layers {share}  {span}")
-        return "\n".join(rows)
-
-    def to_json(self) -> str:
-        """The plan as JSON."""
-        return json.dumps(asdict(self), indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """Reads what `to_json` wrote."""
-        value: dict[str, Any] = json.loads(text)
-        return cls(**{key: tuple(item) for key, item in value.items()})
 
 
 def balanced_plan(
@@ -109,7 +38,7 @@ def balanced_plan(
     Raises:
         ValueError: if there are fewer layers than stages.
     """
-    _check_enough_layers(names, num_stages)
+    check_enough_layers(names, num_stages)
     done = np.concatenate([[0.0], np.cumsum(np.asarray(work, float))])
     cost = np.asarray(cut_bytes, float)
     apart = cost.copy()
@@ -154,7 +83,8 @@ def _find_layer(names: Sequence[str], cut: str) -> int:
     )
 
 
-def _check_enough_layers(names: Sequence[str], num_stages: int) -> None:
+def check_enough_layers(names: Sequence[str], num_stages: int) -> None:
+    """Raises ValueError if there are more stages than layers."""
     if len(names) < num_stages:
         raise ValueError(
             f"{num_stages} stages need at least as many layers, but the model has {len(names)}: "

@@ -1,0 +1,235 @@
+"""From a profile and the machines to a plan, with what it predicts and what it advises.
+
+Nothing here imports JAX.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pdjax.planner.cost_model import CostForm, Costs, MemoryForm, Part, PlacedStage
+from pdjax.planner.plan import Plan, Prediction, StageFigures
+from pdjax.planner.search import fastest
+from pdjax.planner.shortage import explain_shortage
+from pdjax.planner.strategies import Case, advice, alternatives, strategy
+from pdjax.profile import Profile
+from pdjax.schedules import Algorithm, find_algorithm
+from pdjax.topology import Topology
+from pdjax.weights import peak_in_flight
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a plan is to be like.
+
+    Attributes:
+        schedule: name of the algorithm that will run it.
+        num_microbatches: microbatches in a minibatch.
+        num_stages: exactly how many stages; as many as are best if None.
+        straight: whether to replicate nothing.
+        remat: whether stages may recompute their forward pass where memory is short.
+        optimizer_bytes_per_param_byte: size of the optimizer state: 2 for Adam, 0 for plain SGD.
+        together: ranges of layers (first, last) that stay in one stage.
+        overlap: whether computing and communicating overlap, so that the longer one counts.
+        sync: what an all-reduce is taken to send; see `CostForm`.
+    """
+
+    schedule: str = "pipedream"
+    num_microbatches: int = 1
+    num_stages: int | None = None
+    straight: bool = False
+    remat: bool = True
+    optimizer_bytes_per_param_byte: float = 2.0
+    together: tuple[tuple[int, int], ...] = ()
+    overlap: bool = True
+    sync: str = "ring"
+
+    def __post_init__(self) -> None:
+        find_algorithm(self.schedule)
+        for name in ("num_microbatches", "num_stages"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise ValueError(f"{name}={count}; expected at least 1.")
+        if not 0 <= self.optimizer_bytes_per_param_byte < float("inf"):
+            raise ValueError(
+                f"optimizer_bytes_per_param_byte={self.optimizer_bytes_per_param_byte}; expected "
+                "a number that is not negative, such as 2 for Adam."
+            )
+        if self.sync not in ("ring", "paper", "original"):
+            raise ValueError(f"sync={self.sync!r}; expected 'ring', 'paper' or 'original'.")
+
+
+def plan_pipeline(profile: Profile, topology: Topology, options: PlanOptions | None = None) -> Plan:
+    """The fastest plan that fits.
+
+    Of all nested plans, with any replication and any number of workers up to all, the one whose
+    slowest part takes the least time; see `pdjax.planner.cost_model` for what is charged. Under a
+    schedule that is flushed after each minibatch, filling and draining count, too: plans on fewer
+    workers are then compared with it.
+
+    Example:
+        >>> from pdjax.profile import LayerProfile, Profile
+        >>> layers = tuple(LayerProfile(f"block_{i}", 1e-3, 2e-3, 4e5, 8e6) for i in range(8))
+        >>> plan = plan_pipeline(Profile(layers), Topology.parse("4@1GB/s"))
+        >>> plan.notation, plan.first_layers
+        ('1-1-1-1', (0, 2, 4, 6))
+
+    Args:
+        profile: the layers.
+        topology: the machines.
+        options: what the plan is to be like.
+
+    Raises:
+        ValueError: if there are fewer layers or workers than stages asked for, or if nothing
+            fits; the text then says how many bytes are missing and what would make it fit.
+    """
+    options = options or PlanOptions()
+    case = make_case(profile, topology, options)
+    _check(case, options)
+    found = _best(case, options)
+    if found is None:
+        raise ValueError(explain_shortage(case, options.straight, options.num_stages))
+    return _as_plan(case, found, options)
+
+
+def make_case(profile: Profile, topology: Topology, options: PlanOptions) -> Case:
+    """The costs of all that may be planned."""
+    algorithm = find_algorithm(options.schedule)
+    flushes = algorithm.order(2, options.num_microbatches).flushes
+    cost = CostForm(
+        overlap=options.overlap,
+        sync=options.sync,  # type: ignore[arg-type]  # checked by PlanOptions
+        num_microbatches=options.num_microbatches if flushes else None,
+    )
+    memory = memory_form(
+        algorithm,
+        options.num_microbatches,
+        options.optimizer_bytes_per_param_byte,
+        options.remat,
+    )
+    together = (*options.together, *profile.inseparable, *(() if flushes else profile.tied))
+    costs = Costs(profile, topology, cost, memory, together)
+    return Case(profile, costs, options.schedule, options.num_microbatches, flushes)
+
+
+def memory_form(
+    algorithm: Algorithm, num_microbatches: int, optimizer_bytes: float, remat: bool
+) -> MemoryForm:
+    """What an algorithm keeps, found by counting what two stages of it have in flight."""
+    sample = algorithm.order(2, 4 if algorithm.divides else 1)
+    first, last = (peak_in_flight(sample.unroll(4)[stage], stage) for stage in (0, 1))
+    flushed = None
+    if sample.flushes:
+        flushed = 1 if first == 1 else num_microbatches
+    return MemoryForm(
+        stashes=algorithm.weight_rule.backward == "stashed",
+        num_microbatches=flushed,
+        keeps_all=sample.flushes and last > 1,
+        optimizer_bytes_per_param_byte=optimizer_bytes,
+        remat=remat,
+    )
+
+
+def _check(case: Case, options: PlanOptions) -> None:
+    profile, topology, wish = case.profile, case.costs.topology, options.num_stages
+    for first, last in options.together:
+        if not 0 <= first <= last < len(profile.layers):
+            raise ValueError(
+                f"together has ({first}, {last}); expected the first and the last layer of a "
+                f"range, from 0 to {len(profile.layers) - 1}."
+            )
+    if wish is None:
+        return
+    if wish > len(profile.layers):
+        raise ValueError(
+            f"{wish} stages need at least as many layers, but the profile has "
+            f"{len(profile.layers)}: {', '.join(profile.names[:12])}. Use fewer stages, or write "
+            "the model in smaller modules."
+        )
+    if wish > topology.num_workers:
+        raise ValueError(
+            f"{wish} stages need at least as many workers, but the topology {topology} has "
+            f"{topology.num_workers}. Use fewer stages or more workers."
+        )
+    closed = int(np.isinf(case.costs.width_bytes).sum())
+    if wish > len(profile.layers) - closed:
+        raise ValueError(
+            f"{wish} stages cannot be made of {len(profile.layers)} layers of which some must "
+            f"stay together (they share a parameter or a state, or were asked to): at most "
+            f"{len(profile.layers) - closed} stages. Use fewer stages, or a synchronous schedule "
+            "such as 'one_f_one_b', under which tied weights may be separated."
+        )
+
+
+def _best(case: Case, options: PlanOptions) -> tuple[Part, ...] | None:
+    costs, straight = case.costs, options.straight
+    best = fastest(costs, straight=straight, num_stages=options.num_stages)
+    if best is None or options.num_stages is not None or not case.flushes:
+        return best
+    return min([best, *_on_fewer_workers(case, straight)], key=case.microbatch_s)
+
+
+def _on_fewer_workers(case: Case, straight: bool) -> list[tuple[Part, ...]]:
+    """The best plans on 1, 2, … workers of one level: a shorter pipeline fills sooner."""
+    topology = case.costs.topology
+    if len(topology.levels) > 1 or len(set(topology.memory_bytes)) > 1:
+        return []
+    found = []
+    for count in range(1, topology.num_workers):
+        smaller = replace(
+            topology,
+            levels=tuple(replace(level, num_units=count) for level in topology.levels),
+            memory_bytes=topology.memory_bytes[:count],
+        )
+        found.append(fastest(case.on(smaller).costs, straight=straight))
+    return [parts for parts in found if parts is not None]
+
+
+def _as_plan(case: Case, parts: tuple[Part, ...], options: PlanOptions) -> Plan:
+    stages = case.costs.stages(parts)
+    total = sum(case.costs.work_s(stage.first, stage.stop, stage.remat) for stage in stages)
+    figures = tuple(_figures(case, parts, stage) for stage in stages)
+    chosen = strategy(case, "", parts)
+    others = alternatives(case)
+    plan = Plan(
+        layers=case.profile.names,
+        first_layers=tuple(stage.first for stage in stages),
+        shares=tuple(stage.compute_s / total if total else 0.0 for stage in figures),
+        model=case.profile.model,
+        stages=figures,
+    )
+    chosen = chosen.renamed(f"this plan, {plan.notation}")
+    prediction = Prediction(
+        schedule=case.schedule,
+        topology=str(case.costs.topology),
+        source=case.profile.source,
+        num_microbatches=case.num_microbatches,
+        batch_size=case.profile.batch_size,
+        chosen=chosen,
+        others=others,
+        advice=advice(case, plan, chosen, others),
+    )
+    return plan.with_prediction(prediction)
+
+
+def _figures(case: Case, parts: tuple[Part, ...], stage: PlacedStage) -> StageFigures:
+    costs = case.costs
+    limit = costs.limit_bytes(stage.workers)
+    stash = float(costs.stash_bytes[stage.stop] - costs.stash_bytes[stage.first])
+    if stage.remat:
+        stash = float(costs.width_bytes[stage.first])
+    return StageFigures(
+        workers=stage.workers,
+        warm_up=stage.warm_up,
+        remat="full" if stage.remat else "none",
+        compute_s=float(costs.work_s(stage.first, stage.stop, stage.remat)),
+        stage_s=case.stage_s(parts, stage),
+        param_bytes=costs.params_of(stage),
+        stash_bytes=stash,
+        in_flight=int(costs.memory.in_flight(stage.warm_up)),
+        peak_bytes=costs.stage_bytes(stage),
+        limit_bytes=None if limit == float("inf") else limit,
+        wire_bytes=costs.wire_bytes(stage) / stage.replicas,
+    )
