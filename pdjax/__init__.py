@@ -7,6 +7,9 @@ from pdjax.errors import PdjaxWarning as PdjaxWarning
 from pdjax.pipeline import Pipeline as Pipeline
 from pdjax.pipeline import PipelineState as PipelineState
 from pdjax.planner import Plan as Plan
+from pdjax.planner import PlanOptions as PlanOptions
+from pdjax.planner import plan_pipeline as plan_pipeline
+from pdjax.profile import Profile as Profile
 from pdjax.schedules import ALGORITHMS as ALGORITHMS
 from pdjax.schedules import Action as Action
 from pdjax.schedules import Schedule as Schedule
@@ -16,6 +19,7 @@ from pdjax.schedules import model_parallel as model_parallel
 from pdjax.schedules import one_f_one_b as one_f_one_b
 from pdjax.schedules import pipedream as pipedream
 from pdjax.schedules import validate as validate
+from pdjax.topology import Topology as Topology
 from pdjax.weights import LATEST as LATEST
 from pdjax.weights import STASH as STASH
 from pdjax.weights import WeightRule as WeightRule

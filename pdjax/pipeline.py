@@ -31,7 +31,7 @@ from pdjax.arguments import (
 from pdjax.differentiate import Remat
 from pdjax.errors import BrokenPipelineError, NonFiniteLossError
 from pdjax.planner import Plan
-from pdjax.prepare import Prepared, Settings
+from pdjax.prepare import Prepared, Settings, profile_model
 from pdjax.profile import Profile
 from pdjax.runtime.executor import Executor, Run
 from pdjax.runtime.placed import Values
@@ -320,6 +320,39 @@ class Pipeline:
             BrokenPipelineError: if an earlier step failed on a device.
         """
         return _as_metrics(*self._training_of(state).prepared.evaluate(state.run, batch))
+
+    # -------- planning
+
+    def profile(
+        self, params: Any, batch: Any, *, model_state: Any = None, rng: Any = None
+    ) -> Profile:
+        """Measures the layers of the model on the first device, to plan for any machines.
+
+        Example:
+            >>> import jax.numpy as jnp, optax, pdjax
+            >>> def loss_fn(params, batch):
+            ...     return jnp.mean((jnp.tanh(batch @ params["first"]) @ params["second"]) ** 2)
+            >>> params = {"first": jnp.ones((3, 4)), "second": jnp.ones((4, 1))}
+            >>> pipe = pdjax.Pipeline(loss_fn, optax.sgd(0.1), schedule="pipedream")
+            >>> profile = pipe.profile(params, jnp.ones((8, 3)))
+            >>> profile.names
+            ('first', 'second')
+            >>> machines = pdjax.Topology.parse("4x2@10GB/s,1.25GB/s:16GiB")
+            >>> plan = pdjax.plan_pipeline(profile, machines)
+
+        Args:
+            params: pytree of parameters, or their shapes; as for `init`.
+            batch: a minibatch, or its shapes. The profile is for one of its microbatches.
+            model_state: mutable collections, if `loss_fn` takes them.
+            rng: a random key; `jax.random.key(0)` if not given.
+
+        Raises:
+            ValueError: if the arguments and the loss function do not fit each other.
+            RuntimeError: if a layer does not run, for lack of memory for example.
+        """
+        rng = jax.random.key(0) if rng is None else rng
+        check_rng(rng)
+        return profile_model(self._settings, params, batch, model_state, rng)
 
     # -------- what was learned
 

@@ -17,7 +17,7 @@ from jax.sharding import Sharding
 
 from pdjax import jaxprs
 from pdjax.arguments import for_each_stage, taking_key
-from pdjax.automatic import Machines, automatic_plan
+from pdjax.automatic import Machines, automatic_plan, measured_profile
 from pdjax.batches import (
     BatchSpec,
     check_structure,
@@ -117,6 +117,32 @@ def make_schedule(settings: Settings) -> tuple[Schedule, WeightRule]:
     return schedule, rule
 
 
+def profile_model(
+    settings: Settings, params: Any, batch: Any, model_state: Any, rng: Any
+) -> Profile:
+    """Measures the layers of a model on the first device, for one of its microbatches."""
+    spec = describe_batch(batch, settings.batch_axes)
+    settings = settings.for_batch(spec.size)
+    count = settings.num_microbatches or 1
+    params, state = jax.eval_shape(lambda: (params, model_state))
+    graph = _trace(settings, settings.loss_fn, params, spec.microbatch(count), state, rng)
+    device = next(iter(settings.placements[0].device_set))
+    return measured_profile(graph, device, spec.size // count)
+
+
+def _trace(
+    settings: Settings, loss_fn: Callable[..., Any], params: Any, batch: Any, state: Any, rng: Any
+) -> LayerGraph:
+    return build_graph(
+        taking_key(loss_fn, state is not None),
+        params,
+        batch,
+        rng,
+        model_state=state,
+        weighted_loss=settings.weighted_loss,
+    )
+
+
 class Prepared:
     """A pipeline that is ready to run.
 
@@ -188,14 +214,7 @@ class Prepared:
         return spec.microbatch(self.schedule.num_microbatches)
 
     def _graph(self, loss_fn: Callable[..., Any], batch: Any) -> LayerGraph:
-        return build_graph(
-            taking_key(loss_fn, self._state is not None),
-            self._params,
-            batch,
-            self._key,
-            model_state=self._state,
-            weighted_loss=self._settings.weighted_loss,
-        )
+        return _trace(self._settings, loss_fn, self._params, batch, self._state, self._key)
 
     def _split_optimizer(self) -> UpdateSplit:
         traced = self.split.traced

@@ -156,9 +156,8 @@ def test_more_never_makes_it_slower(rows, shape, bandwidth, memory, more):
 def counted_bytes(profile, plan, stage):
     """Peak bytes of a worker, by walking through what it does: an account of its own."""
     figures = plan.stages[stage]
-    number = range(figures.warm_up + 4)
-    worker = [Action("F", stage, k) for k in number[: figures.warm_up]]
-    for k in range(4):
+    worker = [Action("F", stage, k) for k in range(figures.warm_up)]
+    for k in range(figures.warm_up + 2):
         worker += [Action("F", stage, k + figures.warm_up)]
         worker += [Action("B", stage, k), Action("U", stage, k)]
     rule = find_algorithm("pipedream").weight_rule
@@ -255,7 +254,9 @@ def test_when_nothing_fits_the_text_says_by_how_much_and_what_helps():
     text = str(caught.value)
     missing = float(text.partition("lacks ")[2].partition(" KiB")[0])
     assert "twice as many workers" in text
-    assert "one_f_one_b" not in text  # this was tried, and does not help
+    plan_pipeline(profile, Topology.parse("4@1GB/s:13MiB"), PlanOptions(straight=True))
+    assert "one_f_one_b" in text
+    plan_pipeline(profile, topology, PlanOptions("one_f_one_b", straight=True))
     for more, fits in ((missing - 0.1, False), (missing + 0.1, True)):
         larger = Topology.uniform(2, 1e9, int(13 * 2**20 + more * 2**10))
         if fits:
