@@ -220,9 +220,9 @@ stage  layers                 workers  time  share  in flight  weights    stash 
                              workers  minibatch  examples/s  sent/example      peak
 this plan, 1-1               2             6 ms       1,667      19.5 KiB  14.2 MiB
 data parallelism             2             6 ms       1,667     409.6 KiB  20.0 MiB
-model parallelism, 2 stages  2          12.2 ms       819.7      19.5 KiB  10.2 MiB
+model parallelism, 2 stages  2          12.2 ms         820      19.5 KiB  10.2 MiB
 GPipe, 8 microbatches        2          6.78 ms       1,476      19.5 KiB  24.2 MiB
-one worker                   1            12 ms       833.3           0 B  20.0 MiB
+one worker                   1            12 ms         833           0 B  20.0 MiB
 
 Use a straight pipeline of 2 stages (2.0 times one worker); data parallelism would be as fast."""
 

@@ -9,6 +9,7 @@ Nothing here imports JAX.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,7 @@ class _Frame:
         level: of its units.
         outer: how many replicas the whole pipeline has.
         bases: the first worker of each of these replicas.
+        elsewhere: number of workers on outer levels that are left for what comes before.
         limit_s: seconds that it may take: one number, or one for each start.
         at_least: for each start the first layer that it may reach.
         widths: for each level from this one on, and each start, the widest cut.
@@ -68,6 +70,7 @@ class _Frame:
     level: int
     outer: int
     bases: tuple[int, ...]
+    elsewhere: int
     limit_s: float | np.ndarray
     at_least: np.ndarray
     widths: np.ndarray
@@ -121,6 +124,8 @@ class Laying:
         self._limit_s = limit_s
         self._trail = Trail()
         self._within: dict[tuple[float, int, int, bool], np.ndarray] = {}
+        counts = [level.num_units for level in self.costs.topology.levels]
+        self._unit_size = [math.prod(counts[:level]) for level in range(len(counts))]
         # Where all workers are alike, those that a plan does not need may as well be the first.
         self._leaves_idle = len(set(self.costs.topology.memory_bytes)) > 1
 
@@ -129,7 +134,7 @@ class Laying:
         top = len(self.costs.topology.levels) - 1
         start = make_rows(1, first=self.costs.num_layers, parent=NOTHING, inner=NOTHING)
         widths = self._widths(np.array([self._limit_s]), top, np.empty((0, 1)))
-        frame = _Frame(top, 1, (0,), self._limit_s, np.zeros(1, np.int64), widths)
+        frame = _Frame(top, 1, (0,), 0, self._limit_s, np.zeros(1, np.int64), widths)
         for rows in self._pipeline(start, frame):
             done = rows[rows[:, FIRST] == 0]
             if self.wish.num_stages is not None:
@@ -156,7 +161,8 @@ class Laying:
         kept: list[list[Rows]] = [[] for _ in range(units + 1)]
         kept[0] = [begin]
         for used in range(units + 1):
-            rows = self._prune(join(kept[used]))
+            left = (units - used) * self._unit_size[frame.level] * frame.outer
+            rows = self._prune(join(kept[used]), left + frame.elsewhere)
             laid = rows[:, FIRST] < starts[rows[:, ORIGIN], FIRST]
             if laid.any():
                 yield rows[laid]
@@ -175,7 +181,11 @@ class Laying:
             for m, more in self._parts(ready, numbers, used, frame):
                 kept[used + m].append(more)
 
-    def _prune(self, rows: Rows) -> Rows:
+    def _prune(self, rows: Rows, num_workers: int) -> Rows:
+        """The rows worth going on with, on `num_workers` that are left."""
+        if math.isfinite(self._limit_s):  # what is left to do must fit into the time of those
+            most_s = self._limit_s * num_workers * (1 + 1e-9)
+            rows = rows[self.costs.compute_s[rows[:, FIRST]] <= most_s]
         if self.wish.num_stages is None:
             return worth_keeping(rows, self.tables.width_rank)
         left = self.wish.num_stages - rows[:, COUNT]
@@ -215,7 +225,8 @@ class Laying:
         each = np.broadcast_to(np.asarray(limit_s, float), (len(origin),))
         widths = self._widths(each, frame.level - 1, frame.widths[:, origin])
         bases = self.costs.units(frame.level, unit, m, frame.bases)
-        return _Frame(frame.level - 1, frame.outer * m, bases, limit_s, at_least, widths)
+        left = frame.elsewhere + unit * self._unit_size[frame.level] * frame.outer
+        return _Frame(frame.level - 1, frame.outer * m, bases, left, limit_s, at_least, widths)
 
     def _nested(
         self, ready: Rows, m: int, unit: int, frame: _Frame

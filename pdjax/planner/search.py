@@ -20,6 +20,7 @@ from pdjax.planner.narrowing import narrowed
 
 _EXACT = 1e-12  # a plan counts as faster if its time is less by more than this share
 _CLOSE = 1e-9  # how closely the best time is closed in
+_FACTORS = (1 + _CLOSE, 1.02, 1.1, 1.3, 2.0, 4.0, 16.0, 256.0)  # of the least time
 
 
 def fastest(
@@ -33,8 +34,12 @@ def fastest(
         num_stages: exactly how many stages; any number if None.
     """
     tables = Tables(costs)
-    wish = Wish(straight, num_stages, charges_memory=False)
-    best = _bisect(tables, wish, 0.0)
+    wish = Wish(straight, charges_memory=False)
+    least_s = float(costs.compute_s[-1]) / costs.topology.num_workers
+    best = _bisect(tables, wish, least_s)
+    if num_stages is not None and best is not None:
+        wish = replace(wish, num_stages=num_stages)
+        best = _bisect(tables, wish, costs.plan_s(best))
     if best is not None and costs.excess_bytes(best) > 0:
         best = _bisect(tables, replace(wish, charges_memory=True), costs.plan_s(best))
     if best is None:
@@ -89,27 +94,37 @@ def least_excess(
 def _bisect(tables: Tables, wish: Wish, known_s: float) -> tuple[Part, ...] | None:
     """The plan with the smallest time; nothing takes less than `known_s`."""
     costs = tables.costs
-    best = Laying(tables, float("inf"), wish).run()
+    low, best = _bracket(tables, wish, known_s)
     if best is None:
         return None
-    low, high = known_s, costs.plan_s(best)
-    rounds = 0
+    high, rounds = costs.plan_s(best), 0
     while low < high * (1 - _EXACT) and high - low > high * _CLOSE:
         rounds += 1
         # Once in a while, look if anything at all is faster: mostly this ends the search early.
-        middle = high * (1 - _EXACT) if rounds % 5 == 0 else _between(low, high)
+        middle = high * (1 - _EXACT) if rounds % 4 == 0 else (low + high) / 2
         found = Laying(tables, middle, wish).run()
         if found is not None:
             best, high = found, costs.plan_s(found)
-        elif rounds % 5 == 0:
+        elif rounds % 4 == 0:
             break
         else:
             low = middle
     return best
 
 
-def _between(low: float, high: float) -> float:
-    return (low + high) / 2 if low > high / 4 else high / 2
+def _bracket(tables: Tables, wish: Wish, known_s: float) -> tuple[float, tuple[Part, ...] | None]:
+    """A time that is too short for any plan, and a plan that does not take much longer.
+
+    Plans are mostly tight: it is tried a little above `known_s` first, as the more time there is,
+    the more there is to be looked at.
+    """
+    low = known_s
+    for factor in _FACTORS if known_s > 0 else ():
+        found = Laying(tables, known_s * factor, wish).run()
+        if found is not None:
+            return low, found
+        low = known_s * factor
+    return low, Laying(tables, float("inf"), wish).run()
 
 
 def _plain(costs: Costs, parts: tuple[Part, ...]) -> tuple[Part, ...]:

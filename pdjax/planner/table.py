@@ -103,11 +103,16 @@ def _strategy_row(strategy: Strategy, prediction: Prediction) -> list[str]:
         strategy.name,
         str(strategy.workers),
         format_seconds(strategy.microbatch_s * prediction.num_microbatches),
-        "" if size is None else f"{size / strategy.microbatch_s:,.4g}",
+        "" if size is None else _rate(size, strategy.microbatch_s),
         format_bytes(strategy.wire_bytes / (size or 1)),
         format_bytes(strategy.peak_bytes),
         "" if strategy.fits else "does not fit",
     ]
+
+
+def _rate(count: int, seconds: float) -> str:
+    rate = count / seconds if seconds else float("inf")
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
