@@ -48,7 +48,7 @@ class Machines:
 
 
 def automatic_plan(
-    graph: LayerGraph, machines: Machines, options: PlanOptions, batch_size: int
+    graph: LayerGraph, machines: Machines, options: PlanOptions, batch_size: int, batch: Any
 ) -> Plan:
     """The fastest plan for a model on the devices at hand.
 
@@ -57,6 +57,7 @@ def automatic_plan(
         machines: what the plan is for.
         options: what the plan is to be like.
         batch_size: examples in a microbatch.
+        batch: a microbatch, for the measurement; None to make one up.
 
     Raises:
         ValueError: if no plan is possible, or profile or topology do not go with model or devices.
@@ -72,7 +73,7 @@ def automatic_plan(
     if options.num_stages == 1 or (options.num_stages is None and len(devices) == 1):
         return Plan(graph.names, (0,), (1.0,), model_fingerprint(graph))
     if machines.profile is None:
-        profile = measured_profile(graph, devices[0], batch_size)
+        profile = measured_profile(graph, devices[0], batch_size, batch)
     else:
         profile = check_profile(machines.profile, graph, batch_size=batch_size, device=devices[0])
     if topology is None:
@@ -84,14 +85,15 @@ def automatic_plan(
     return plan
 
 
-def measured_profile(graph: LayerGraph, device: Any, batch_size: int) -> Profile:
+def measured_profile(graph: LayerGraph, device: Any, batch_size: int, batch: Any) -> Profile:
     """The model's profile, from before if there is one for the same layers on such a device."""
     about = [[layer.name, layer.fingerprint, layer.cut_bytes] for layer in graph.layers]
     key = _key("profile", FORMAT, about, batch_size, *_kind(device))
 
     def make() -> str:
         _log.info("profiling %d layers on %s", len(graph.layers), device)
-        return measure(graph, batch_size=batch_size, device=device, progress=True).to_json()
+        made = measure(graph, batch_size=batch_size, device=device, batch=batch, progress=True)
+        return made.to_json()
 
     return Profile.from_json(_remembered("profile", key, make))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 from pdjax.trees import leaf_names, shape_of
 
@@ -50,6 +51,18 @@ class BatchSpec:
                 dims[axis] //= num_microbatches
             leaves.append(shape.update(shape=tuple(dims)))
         return jax.tree.unflatten(self.tree, leaves)
+
+    def first_microbatch(self, batch: Any, num_microbatches: int) -> Any:
+        """The first microbatch of a minibatch; None if that has shapes in the place of arrays."""
+        leaves = jax.tree.leaves(batch)
+        if not all(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in leaves):
+            return None
+        parts = []
+        for leaf, axis in zip(leaves, self.axes, strict=True):
+            before = (slice(None),) * (axis or 0)
+            part = slice(leaf.shape[axis] // num_microbatches) if axis is not None else ...
+            parts.append(leaf[(*before, part)])
+        return jax.tree.unflatten(self.tree, parts)
 
 
 def check_divisible(size: int, num_microbatches: int) -> None:

@@ -92,7 +92,7 @@ class Settings:
         """Whether the pipeline is empty after each minibatch."""
         if isinstance(self.schedule, Schedule):
             return self.schedule.flushes
-        return find_algorithm(self.schedule).order(1, self.num_microbatches or 1).flushes
+        return find_algorithm(self.schedule).order(2, self.num_microbatches or 1).flushes
 
 
 def workers_of(plan: Plan, num_workers: int) -> tuple[int, ...]:
@@ -127,7 +127,7 @@ def profile_model(
     params, state = jax.eval_shape(lambda: (params, model_state))
     graph = _trace(settings, settings.loss_fn, params, spec.microbatch(count), state, rng)
     device = next(iter(settings.placements[0].device_set))
-    return measured_profile(graph, device, spec.size // count)
+    return measured_profile(graph, device, spec.size // count, spec.first_microbatch(batch, count))
 
 
 def _trace(
@@ -166,7 +166,8 @@ class Prepared:
         self._params, self._state = jax.eval_shape(lambda: (params, model_state))
         self._key = rng
         graph = self._graph(settings.loss_fn, self._spec.microbatch(settings.num_microbatches or 1))
-        self.plan = make_plan(settings, graph, self._spec.size, self._params)
+        example = self._spec.first_microbatch(batch, settings.num_microbatches or 1)
+        self.plan = make_plan(settings, graph, self._spec, self._params, example)
         self._settings = settings = settings.for_plan(self.plan)
         self._remat = remat_of(settings, self.plan)
         self.schedule, self.rule = make_schedule(settings)
@@ -373,7 +374,9 @@ class Prepared:
         return {i: run.stages[homes[0]].model[i] for i, homes in enumerate(self.state_homes)}
 
 
-def make_plan(settings: Settings, graph: LayerGraph, batch_size: int, params: Any) -> Plan:
+def make_plan(
+    settings: Settings, graph: LayerGraph, spec: BatchSpec, params: Any, microbatch: Any
+) -> Plan:
     """The plan that was asked for, checked against the model's layers."""
     names = graph.names
     work = [layer.flops for layer in graph.layers]
@@ -400,7 +403,7 @@ def make_plan(settings: Settings, graph: LayerGraph, batch_size: int, params: An
     )
     devices = tuple(next(iter(p.device_set)) for p in settings.placements)
     machines = Machines(devices, settings.topology, settings.profile)
-    return automatic_plan(graph, machines, options, batch_size // count)
+    return automatic_plan(graph, machines, options, spec.size // count, microbatch)
 
 
 def check_plan(plan: Plan, graph: LayerGraph) -> None:

@@ -1,8 +1,9 @@
 """What was laid so far, as rows of a table, of which only those worth going on with are kept.
 
 A row stands for a chain of parts that cover all layers from `FIRST` on. Rows that go on from the
-same start (`ORIGIN`) compete: one that leaves fewer layers, wants fewer microbatches in flight and
-has the narrower cut before it is at least as good, whatever comes before.
+same start (`ORIGIN`) compete: one that leaves fewer layers, wants fewer microbatches in flight,
+leaves less to be kept in memory by what comes before, and whose cut is allowed on as many levels,
+is at least as good, whatever comes before.
 
 Nothing here imports JAX.
 """
@@ -77,27 +78,30 @@ class Trail:
         return tuple(found)
 
 
-def worth_keeping(rows: Rows, width_rank: np.ndarray) -> Rows:
+def worth_keeping(rows: Rows, burden: np.ndarray, levels: np.ndarray) -> Rows:
     """Without the rows that another one of the same origin is at least as good as.
 
     Args:
         rows: the table.
-        width_rank: for each layer where the width of the cut before it stands among all widths.
+        burden: for each row what it leaves to be kept in memory, as a rank from 0 on.
+        levels: for each row the number of levels on which its cut is allowed.
     """
     if len(rows) <= 1:
         return rows
-    width = width_rank[rows[:, FIRST]]
-    order = np.lexsort((width, rows[:, DEMAND], rows[:, FIRST], rows[:, ORIGIN]))
-    rows, width = rows[order], width[order]
+    order = np.lexsort((burden, -levels, rows[:, DEMAND], rows[:, FIRST], rows[:, ORIGIN]))
+    rows, burden, levels = rows[order], burden[order], levels[order]
     demand = rows[:, DEMAND]
-    wide = len(width_rank) + 1
+    most = int(burden.max()) + 1
     # Every origin gets a range of numbers of its own, later ones lower ones, so that one running
     # minimum over all rows begins anew with each origin.
-    base = (rows[-1, ORIGIN] - rows[:, ORIGIN]) * (wide + 1)
+    base = (rows[-1, ORIGIN] - rows[:, ORIGIN]) * (most + 1)
     kept = np.ones(len(rows), bool)
-    for value in np.unique(demand):
-        narrowest = np.minimum.accumulate(np.where(demand <= value, width, wide) + base)
-        kept[1:] &= (demand[1:] != value) | (narrowest[:-1] > width[1:] + base[1:])
+    for count in np.unique(levels):
+        for value in np.unique(demand):
+            rivals = (demand <= value) & (levels >= count)
+            lightest = np.minimum.accumulate(np.where(rivals, burden, most) + base)
+            beaten = lightest[:-1] <= burden[1:] + base[1:]
+            kept[1:] &= ~(beaten & (demand[1:] == value) & (levels[1:] == count))
     return rows[kept]
 
 

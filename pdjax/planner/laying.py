@@ -85,7 +85,7 @@ class Tables:
 
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
-        _, self.width_rank = np.unique(costs.width_bytes, return_inverse=True)
+        self.burden_rank = _burden_rank(costs)
         self.narrower = _next_narrower(costs.width_bytes)
         self._fitting: dict[tuple[float, int, bool], np.ndarray] = {}
 
@@ -123,6 +123,7 @@ class Laying:
         self.tables, self.costs, self.wish = tables, tables.costs, wish
         self._limit_s = limit_s
         self._trail = Trail()
+        self.burden_rank = tables.burden_rank * wish.charges_memory
         self._within: dict[tuple[float, int, int, bool], np.ndarray] = {}
         counts = [level.num_units for level in self.costs.topology.levels]
         self._unit_size = [math.prod(counts[:level]) for level in range(len(counts))]
@@ -151,6 +152,11 @@ class Laying:
             own = np.minimum(limit_s * bandwidth / 2, _WIDEST)
         return np.concatenate([own[None], outer])
 
+    def levels(self, first: np.ndarray, origin: np.ndarray, frame: _Frame) -> np.ndarray:
+        """On how many levels a cut before `first` is quick enough, from that of `frame` on."""
+        allowed = self.costs.width_bytes[first] <= frame.widths[:, origin]
+        return (allowed | (first == 0)).sum(axis=0)
+
     # -------- pipelines
 
     def _pipeline(self, starts: Rows, frame: _Frame) -> Iterator[Rows]:
@@ -162,7 +168,7 @@ class Laying:
         kept[0] = [begin]
         for used in range(units + 1):
             left = (units - used) * self._unit_size[frame.level] * frame.outer
-            rows = self._prune(join(kept[used]), left + frame.elsewhere)
+            rows = self._prune(join(kept[used]), left + frame.elsewhere, frame)
             laid = rows[:, FIRST] < starts[rows[:, ORIGIN], FIRST]
             if laid.any():
                 yield rows[laid]
@@ -181,13 +187,14 @@ class Laying:
             for m, more in self._parts(ready, numbers, used, frame):
                 kept[used + m].append(more)
 
-    def _prune(self, rows: Rows, num_workers: int) -> Rows:
+    def _prune(self, rows: Rows, num_workers: int, frame: _Frame) -> Rows:
         """The rows worth going on with, on `num_workers` that are left."""
         if math.isfinite(self._limit_s):  # what is left to do must fit into the time of those
             most_s = self._limit_s * num_workers * (1 + 1e-9)
             rows = rows[self.costs.compute_s[rows[:, FIRST]] <= most_s]
         if self.wish.num_stages is None:
-            return worth_keeping(rows, self.tables.width_rank)
+            burden = self.burden_rank[rows[:, FIRST]]
+            return worth_keeping(rows, burden, self.levels(rows[:, FIRST], rows[:, ORIGIN], frame))
         left = self.wish.num_stages - rows[:, COUNT]
         hopeful = np.where(left == 0, rows[:, FIRST] == 0, rows[:, FIRST] >= left)
         return one_of_each(rows[hopeful & (left >= 0)])
@@ -334,6 +341,7 @@ class _StageLaying:
         self.laying, self.costs = laying, laying.costs
         self.origin, self.stop = ready[:, ORIGIN], ready[:, FIRST]
         self.outer, self.replicas = frame.outer, len(workers)
+        self._most_levels = len(frame.widths)
         self.limit_bytes = self.costs.limit_bytes(workers) + laying.wish.extra_bytes
         self.charged = laying.wish.charges_memory and not np.isinf(self.limit_bytes)
         self.warm_up = -(-ready[:, DEMAND] // self.replicas)
@@ -341,8 +349,7 @@ class _StageLaying:
         if not laying.wish.charges_memory:
             self.demand = np.zeros_like(self.demand)
         limit_s = frame.limit_of(self.origin)
-        self.widest = frame.widths[:, self.origin].max(axis=0)
-        self.narrowest = frame.widths[:, self.origin].min(axis=0)
+        self.frame = frame
         self.lowest = {
             remat: self._lowest(m, limit_s, remat, frame.at_least[self.origin])
             for remat in ((False, True) if self.charged and self.costs.memory.remat else (False,))
@@ -388,29 +395,47 @@ class _StageLaying:
             remat, first = other < first, np.minimum(first, other)
         index = np.flatnonzero(first < self.stop)
         first, remat = first[index], remat[index]
+        before, lightest = np.zeros_like(first), np.full_like(first, self.costs.num_layers + 1)
         while len(index):
-            width = self.costs.width_bytes[first]
-            allowed = (width <= self.widest[index]) | (first == 0)
-            if allowed.any():
-                yield index[allowed], first[allowed], remat[allowed]
-            # Without memory to be charged, only the cuts that are allowed on fewer levels differ.
-            more = (width > self.narrowest[index]) | (self.charged & (width > 0))
+            levels = self.laying.levels(first, self.origin[index], self.frame)
+            burden = self.laying.burden_rank[first]
+            better = (levels > before) | ((levels > 0) & (burden < lightest))
+            if better.any():
+                yield index[better], first[better], remat[better]
+            before = np.maximum(before, levels)
+            lightest = np.where(better, np.minimum(lightest, burden), lightest)
+            # A wider cut further on is worse in every way.
             first = self.laying.tables.narrower[first]
-            more &= first < self.stop[index]
-            index, first, remat = index[more], first[more], remat[more]
+            left = (first < self.stop[index]) & ((before < self._most_levels) | (lightest > 0))
+            index, first, remat = index[left], first[left], remat[left]
+            before, lightest = before[left], lightest[left]
 
     def everywhere(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """For each row all first layers that the stage may begin with."""
         lowest = np.minimum.reduce(list(self.lowest.values()))
         index, first = _every_first(lowest, self.stop)
-        allowed = self.costs.width_bytes[first] <= self.widest[index]
-        index, first = index[allowed | (first == 0)], first[allowed | (first == 0)]
+        allowed = self.laying.levels(first, self.origin[index], self.frame) > 0
+        index, first = index[allowed], first[allowed]
         plain = (first >= self.lowest[False][index]) & self._fits(index, first, False)
         possible = plain
         if True in self.lowest:
             again = (first >= self.lowest[True][index]) & self._fits(index, first, True)
             possible = plain | again
         yield index[possible], first[possible], ~plain[possible]
+
+
+def _burden_rank(costs: Costs) -> np.ndarray:
+    """For each layer what a cut before it leaves to the stage before, as a rank.
+
+    That stage keeps the weights and the stash of the layers up to the cut, at the least once each,
+    and buffers for the cut. The fewer layers, the less; but the cut may be wide.
+    """
+    memory = costs.memory
+    times = 1 if memory.remat else memory.in_flight(0)
+    burden = memory.param_copies(0) * costs.param_bytes + times * costs.stash_bytes
+    if memory.buffers:
+        burden = burden + 2 * costs.width_bytes
+    return np.unique(burden, return_inverse=True)[1]
 
 
 def _first_true(holds: Any, stop: np.ndarray) -> np.ndarray:
