@@ -52,24 +52,24 @@ class CostForm:
     num_microbatches: int | None = None
 
     def sync_s_per_byte(
-        self, num_replicas: int, bandwidth_bytes_per_s: float, outer_replicas: int = 1
-    ) -> float:
+        self, num_replicas: Any, bandwidth_bytes_per_s: float, outer_replicas: int = 1
+    ) -> Any:
         """Seconds to synchronise each byte of parameters over `num_replicas`, for each round.
 
         Args:
-            num_replicas: units that synchronise.
+            num_replicas: units that synchronise; may be an array.
             bandwidth_bytes_per_s: of their links.
             outer_replicas: how often all these units are replicated on outer levels.
         """
         m = num_replicas
         factor = {"ring": 2 * (m - 1) / m, "paper": 2 * (m - 1), "original": 4 * (m - 1) / m}
-        rounds = max(1.0, (self.num_microbatches or 0) / (m * outer_replicas))
+        rounds = np.maximum(1.0, (self.num_microbatches or 0) / (m * outer_replicas))
         return factor[self.sync] / bandwidth_bytes_per_s / rounds
 
     def stage_s(self, inner_s: float, sync_s: float, num_replicas: int) -> float:
         """Seconds for each microbatch of what takes `inner_s` on one of its replicas."""
         together = max(inner_s, sync_s) if self.overlap else inner_s + sync_s
-        return together / num_replicas
+        return float(together / num_replicas)
 
 
 @dataclass(frozen=True)
@@ -244,9 +244,13 @@ class Costs:
             inner = self.plan_s(part.inner, level - 1, outer * part.replicas)
         else:
             inner = self.work_s(part.first, part.stop, part.remat)
-        bandwidth = self.topology.levels[level].bandwidth_bytes_per_s
-        each = self.cost.sync_s_per_byte(part.replicas, bandwidth, outer)
+        each = self.sync_s_per_byte(part.replicas, level, outer)
         return self.cost.stage_s(inner, each * self.params_of(part), part.replicas)
+
+    def sync_s_per_byte(self, num_replicas: Any, level: int, outer: int) -> Any:
+        """Seconds to synchronise each byte of parameters over units of a level."""
+        bandwidth = self.topology.levels[level].bandwidth_bytes_per_s
+        return self.cost.sync_s_per_byte(num_replicas, bandwidth, outer)
 
     def work_s(self, first: Any, stop: Any, remat: bool) -> Any:
         """Seconds that a microbatch takes on one worker that holds the layers."""

@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from pdjax.planner.cost_model import Costs, Part
+from pdjax.planner.cost_model import Part
 from pdjax.planner.frontier import (
     COUNT,
     DEMAND,
@@ -32,6 +33,8 @@ from pdjax.planner.frontier import (
     one_of_each,
     worth_keeping,
 )
+from pdjax.planner.stage_laying import StageLaying, num_levels
+from pdjax.planner.tables import Tables, every_first, first_true, quick_enough
 
 _WIDEST = np.finfo(float).max  # below the infinite width of a cut that is not allowed
 
@@ -80,36 +83,6 @@ class _Frame:
         return self.limit_s[starts] if isinstance(self.limit_s, np.ndarray) else self.limit_s
 
 
-class Tables:
-    """What does not depend on the time limit: looked up for every plan that is tried."""
-
-    def __init__(self, costs: Costs) -> None:
-        self.costs = costs
-        self.burden_rank = _burden_rank(costs)
-        self.narrower = _next_narrower(costs.width_bytes)
-        self._fitting: dict[tuple[float, int, bool], np.ndarray] = {}
-
-    def fitting(self, limit_bytes: float, warm_up: int, remat: bool) -> np.ndarray:
-        """For each stop the first layer from which a stage may fit, its own input not counted."""
-        key = limit_bytes, warm_up, remat
-        if key not in self._fitting:
-            costs = self.costs
-            stop = np.arange(costs.num_layers + 1)
-            closed = np.where(np.isinf(costs.width_bytes), 0.0, costs.width_bytes)
-            params, stash = costs.param_bytes, costs.stash_bytes
-            copies = costs.memory.param_copies(warm_up)
-            times = 1 if remat else costs.memory.in_flight(warm_up)
-            buffers = 2 * closed if costs.memory.buffers else 0.0
-
-            def fits(first: np.ndarray) -> np.ndarray:
-                needed = copies * (params[stop] - params[first])
-                needed = needed + times * (stash[stop] - stash[first])
-                return needed + buffers <= limit_bytes
-
-            self._fitting[key] = _first_true(fits, stop)
-        return self._fitting[key]
-
-
 class Laying:
     """Looks for a plan that takes at most `limit_s`.
 
@@ -123,8 +96,7 @@ class Laying:
         self.tables, self.costs, self.wish = tables, tables.costs, wish
         self._limit_s = limit_s
         self._trail = Trail()
-        self.burden_rank = tables.burden_rank * wish.charges_memory
-        self._within: dict[tuple[float, int, int, bool], np.ndarray] = {}
+        self._within: dict[tuple[float, int, bool], np.ndarray] = {}
         counts = [level.num_units for level in self.costs.topology.levels]
         self._unit_size = [math.prod(counts[:level]) for level in range(len(counts))]
         # Where all workers are alike, those that a plan does not need may as well be the first.
@@ -151,11 +123,6 @@ class Laying:
             bandwidth = self.costs.topology.levels[level].bandwidth_bytes_per_s
             own = np.minimum(limit_s * bandwidth / 2, _WIDEST)
         return np.concatenate([own[None], outer])
-
-    def levels(self, first: np.ndarray, origin: np.ndarray, frame: _Frame) -> np.ndarray:
-        """On how many levels a cut before `first` is quick enough, from that of `frame` on."""
-        allowed = self.costs.width_bytes[first] <= frame.widths[:, origin]
-        return (allowed | (first == 0)).sum(axis=0)
 
     # -------- pipelines
 
@@ -193,8 +160,9 @@ class Laying:
             most_s = self._limit_s * num_workers * (1 + 1e-9)
             rows = rows[self.costs.compute_s[rows[:, FIRST]] <= most_s]
         if self.wish.num_stages is None:
-            burden = self.burden_rank[rows[:, FIRST]]
-            return worth_keeping(rows, burden, self.levels(rows[:, FIRST], rows[:, ORIGIN], frame))
+            burden = self.tables.burden_rank[rows[:, FIRST]] * self.wish.charges_memory
+            widths = frame.widths[:, rows[:, ORIGIN]]
+            return worth_keeping(rows, burden, num_levels(self.costs, rows[:, FIRST], widths))
         left = self.wish.num_stages - rows[:, COUNT]
         hopeful = np.where(left == 0, rows[:, FIRST] == 0, rows[:, FIRST] >= left)
         return one_of_each(rows[hopeful & (left >= 0)])
@@ -242,8 +210,8 @@ class Laying:
         origin, stop = ready[:, ORIGIN], ready[:, FIRST]
         limit_s = frame.limit_of(origin) * m
         params = self.costs.param_bytes
-        each = self._sync(m, frame.level, frame.outer)
-        synced = _first_true(lambda i: each * (params[stop] - params[i]) <= limit_s, stop)
+        each = self.costs.sync_s_per_byte(m, frame.level, frame.outer)
+        synced = first_true(lambda i: each * (params[stop] - params[i]) <= limit_s, stop)
         at_least = np.maximum(synced, frame.at_least[origin])
         inside = self._inside(m, unit, frame, limit_s, at_least, origin)
         starts = ready.copy()
@@ -258,19 +226,13 @@ class Laying:
 
         So every first layer is tried, with the time that its parameters leave.
         """
-        index, first = _every_first(frame.at_least[ready[:, ORIGIN]], ready[:, FIRST])
+        index, first = every_first(frame.at_least[ready[:, ORIGIN]], ready[:, FIRST])
         origin, stop = ready[index, ORIGIN], ready[index, FIRST]
         params = self.costs.param_bytes
-        left = frame.limit_of(origin) * m - self._sync(m, frame.level, frame.outer) * (
-            params[stop] - params[first]
-        )
-        possible = left >= 0
-        index, first, origin, left = (
-            index[possible],
-            first[possible],
-            origin[possible],
-            left[possible],
-        )
+        each = self.costs.sync_s_per_byte(m, frame.level, frame.outer)
+        left = frame.limit_of(origin) * m - each * (params[stop] - params[first])
+        able = left >= 0
+        index, first, origin, left = index[able], first[able], origin[able], left[able]
         inside = self._inside(m, unit, frame, left, first, origin)
         starts = ready[index]
         starts[:, PARENT] = starts[:, INNER] = NOTHING
@@ -278,192 +240,62 @@ class Laying:
             exact = rows[rows[:, FIRST] == first[rows[:, ORIGIN]]]
             yield exact, index[exact[:, ORIGIN]]
 
-    def _sync(self, m: int, level: int, outer: int) -> float:
-        bandwidth = self.costs.topology.levels[level].bandwidth_bytes_per_s
-        return self.costs.cost.sync_s_per_byte(m, bandwidth, outer)
-
     # -------- stages
 
     def _stages(
         self, ready: Rows, numbers: np.ndarray, replicas: range, free: int, frame: _Frame
     ) -> Iterator[tuple[int, Rows]]:
-        for m in replicas:
-            workers = self.costs.units(0, free - m, m, frame.bases)
-            stage = _StageLaying(self, ready, m, workers, frame)
-            rows = stage.narrowing() if self.wish.num_stages is None else stage.everywhere()
-            for index, first, remat in rows:
-                more = make_rows(
-                    len(index),
-                    origin=ready[index, ORIGIN],
-                    first=first,
-                    demand=stage.demand[index],
-                    count=ready[index, COUNT] + (self.wish.num_stages is not None),
-                    parent=numbers[index],
-                    stop=ready[index, FIRST],
-                    replicas=m,
-                    unit=free - m,
-                    remat=remat,
-                    inner=NOTHING,
-                )
-                yield m, more
+        """One stage more before each row, for all numbers of units at once."""
+        row = np.repeat(np.arange(len(ready)), len(replicas))
+        m = np.tile(np.array(replicas), len(ready))
+        limits = np.array([self._limit_bytes(each, free, frame) for each in replicas])
+        stages = StageLaying(
+            self.tables,
+            ready[row],
+            replicas=m * frame.outer,
+            limit_bytes=limits[m - replicas[0]] if self.wish.charges_memory else None,
+            widths=frame.widths[:, ready[row, ORIGIN]],
+            first_in_time=lambda remat: np.maximum(
+                self._in_time(m, ready[row], frame, remat), frame.at_least[ready[row, ORIGIN]]
+            ),
+        )
+        found = stages.narrowing() if self.wish.num_stages is None else stages.everywhere()
+        index, first, remat = (np.concatenate(column) for column in zip(*found, strict=True))
+        order = np.argsort(m[index], kind="stable")
+        index, first, remat = index[order], first[order], remat[order]
+        more = make_rows(
+            len(index),
+            origin=ready[row[index], ORIGIN],
+            first=first,
+            demand=stages.demand[index],
+            count=ready[row[index], COUNT] + (self.wish.num_stages is not None),
+            parent=numbers[row[index]],
+            stop=ready[row[index], FIRST],
+            replicas=m[index],
+            unit=free - m[index],
+            remat=remat,
+            inner=NOTHING,
+        )
+        bounds = np.searchsorted(m[index], [*replicas, replicas[-1] + 1])
+        for each, (start, stop) in zip(replicas, pairwise(bounds), strict=True):
+            if start < stop:
+                yield each, more[start:stop]
 
-    def within(self, m: int, outer: int, stop: np.ndarray, limit_s: Any, remat: bool) -> np.ndarray:
-        """For each stop the first layer from which a stage on `m` workers is quick enough."""
+    def _limit_bytes(self, m: int, free: int, frame: _Frame) -> float:
+        workers = self.costs.units(0, free - m, m, frame.bases)
+        return self.costs.limit_bytes(workers) + self.wish.extra_bytes
+
+    def _in_time(self, m: np.ndarray, rows: Rows, frame: _Frame, remat: bool) -> np.ndarray:
+        """For each row the first layer from which a stage on `m` workers is quick enough."""
+        limit_s, stop = frame.limit_of(rows[:, ORIGIN]), rows[:, FIRST]
         if isinstance(limit_s, np.ndarray):
-            return self._search_within(m, outer, stop, limit_s, remat)
-        key = limit_s, m, outer, remat
+            return quick_enough(self.costs, m, frame.outer, stop, limit_s, remat)
+        key = limit_s, frame.outer, remat
         if key not in self._within:
-            every = np.arange(self.costs.num_layers + 1)
-            self._within[key] = self._search_within(m, outer, every, limit_s, remat)
-        return self._within[key][stop]
-
-    def _search_within(
-        self, m: int, outer: int, stop: np.ndarray, limit_s: float | np.ndarray, remat: bool
-    ) -> np.ndarray:
-        costs, each = self.costs, self._sync(m, 0, outer)
-        params = costs.param_bytes
-
-        def quick(first: np.ndarray) -> np.ndarray:
-            work = costs.work_s(first, stop, remat)
-            sync = each * (params[stop] - params[first])
-            together = np.maximum(work, sync) if costs.cost.overlap else work + sync
-            return together <= limit_s * m
-
-        return _first_true(quick, stop)
-
-
-class _StageLaying:
-    """One stage more before each of some rows, on `m` units whose parts are workers."""
-
-    def __init__(
-        self, laying: Laying, ready: Rows, m: int, workers: tuple[int, ...], frame: _Frame
-    ) -> None:
-        self.laying, self.costs = laying, laying.costs
-        self.origin, self.stop = ready[:, ORIGIN], ready[:, FIRST]
-        self.outer, self.replicas = frame.outer, len(workers)
-        self._most_levels = len(frame.widths)
-        self.limit_bytes = self.costs.limit_bytes(workers) + laying.wish.extra_bytes
-        self.charged = laying.wish.charges_memory and not np.isinf(self.limit_bytes)
-        self.warm_up = -(-ready[:, DEMAND] // self.replicas)
-        self.demand = self.replicas * (self.warm_up + 1)
-        if not laying.wish.charges_memory:
-            self.demand = np.zeros_like(self.demand)
-        limit_s = frame.limit_of(self.origin)
-        self.frame = frame
-        self.lowest = {
-            remat: self._lowest(m, limit_s, remat, frame.at_least[self.origin])
-            for remat in ((False, True) if self.charged and self.costs.memory.remat else (False,))
-        }
-
-    def _lowest(
-        self, m: int, limit_s: float | np.ndarray, remat: bool, at_least: np.ndarray
-    ) -> np.ndarray:
-        """For each row a first layer before which the stage cannot begin."""
-        lowest = np.maximum(self.laying.within(m, self.outer, self.stop, limit_s, remat), at_least)
-        if self.charged:
-            for warm_up in np.unique(self.warm_up):
-                mine = self.warm_up == warm_up
-                table = self.laying.tables.fitting(self.limit_bytes, int(warm_up), remat)
-                lowest[mine] = np.maximum(lowest[mine], table[self.stop[mine]])
-        return lowest
-
-    def _fits(self, index: np.ndarray, first: np.ndarray, remat: bool) -> np.ndarray:
-        if not self.charged:
-            return np.ones(len(first), bool)
-        needed = self.costs.bytes_of(first, self.stop[index], self.warm_up[index], remat)
-        return needed <= self.limit_bytes
-
-    def _first_fitting(self, remat: bool) -> np.ndarray:
-        """For each row the first layer that the stage may begin with, for all but its cut."""
-        first = self.lowest[remat].copy()
-        open_ = np.flatnonzero(first < self.stop)
-        while len(open_):
-            open_ = open_[~self._fits(open_, first[open_], remat)]
-            first[open_] += 1
-            open_ = open_[first[open_] < self.stop[open_]]
-        return first
-
-    def narrowing(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """For each row the longest stage, and shorter ones only where the cut is narrower.
-
-        Yields indices of rows, the first layers, and whether the forward pass is repeated.
-        """
-        first = self._first_fitting(False)
-        remat = np.zeros(len(first), bool)
-        if True in self.lowest:
-            other = self._first_fitting(True)
-            remat, first = other < first, np.minimum(first, other)
-        index = np.flatnonzero(first < self.stop)
-        first, remat = first[index], remat[index]
-        before, lightest = np.zeros_like(first), np.full_like(first, self.costs.num_layers + 1)
-        while len(index):
-            levels = self.laying.levels(first, self.origin[index], self.frame)
-            burden = self.laying.burden_rank[first]
-            better = (levels > before) | ((levels > 0) & (burden < lightest))
-            if better.any():
-                yield index[better], first[better], remat[better]
-            before = np.maximum(before, levels)
-            lightest = np.where(better, np.minimum(lightest, burden), lightest)
-            # A wider cut further on is worse in every way.
-            first = self.laying.tables.narrower[first]
-            left = (first < self.stop[index]) & ((before < self._most_levels) | (lightest > 0))
-            index, first, remat = index[left], first[left], remat[left]
-            before, lightest = before[left], lightest[left]
-
-    def everywhere(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """For each row all first layers that the stage may begin with."""
-        lowest = np.minimum.reduce(list(self.lowest.values()))
-        index, first = _every_first(lowest, self.stop)
-        allowed = self.laying.levels(first, self.origin[index], self.frame) > 0
-        index, first = index[allowed], first[allowed]
-        plain = (first >= self.lowest[False][index]) & self._fits(index, first, False)
-        possible = plain
-        if True in self.lowest:
-            again = (first >= self.lowest[True][index]) & self._fits(index, first, True)
-            possible = plain | again
-        yield index[possible], first[possible], ~plain[possible]
-
-
-def _burden_rank(costs: Costs) -> np.ndarray:
-    """For each layer what a cut before it leaves to the stage before, as a rank.
-
-    That stage keeps the weights and the stash of the layers up to the cut, at the least once each,
-    and buffers for the cut. The fewer layers, the less; but the cut may be wide.
-    """
-    memory = costs.memory
-    times = 1 if memory.remat else memory.in_flight(0)
-    burden = memory.param_copies(0) * costs.param_bytes + times * costs.stash_bytes
-    if memory.buffers:
-        burden = burden + 2 * costs.width_bytes
-    return np.unique(burden, return_inverse=True)[1]
-
-
-def _first_true(holds: Any, stop: np.ndarray) -> np.ndarray:
-    """For each stop the first layer at which `holds`, which then holds up to the stop."""
-    low, high = np.zeros_like(stop), stop.copy()
-    while (low < high).any():
-        middle = (low + high) // 2
-        good = holds(middle)
-        high = np.where(good, middle, high)
-        low = np.where(good, low, np.minimum(middle + 1, high))
-    return high
-
-
-def _every_first(lowest: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All pairs of a row's index and a first layer from `lowest` on, before its stop."""
-    counts = np.maximum(stop - lowest, 0)
-    index = np.repeat(np.arange(len(stop)), counts)
-    begin = np.cumsum(counts) - counts
-    return index, lowest[index] + np.arange(counts.sum()) - begin[index]
-
-
-def _next_narrower(width: np.ndarray) -> np.ndarray:
-    """For each layer the next one with a narrower cut before it; the end if there is none."""
-    count = len(width)
-    following = np.full(count, count - 1)
-    waiting: list[int] = []
-    for at in range(count):
-        while waiting and width[at] < width[waiting[-1]]:
-            following[waiting.pop()] = at
-        waiting.append(at)
-    return following
+            units = self.costs.topology.levels[0].num_units
+            shape = units, self.costs.num_layers + 1
+            each, every = np.indices(shape)
+            self._within[key] = quick_enough(
+                self.costs, each + 1, frame.outer, every, limit_s, remat
+            )
+        return self._within[key][m - 1, stop]

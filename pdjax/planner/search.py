@@ -15,8 +15,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pdjax.planner.cost_model import Costs, Part
-from pdjax.planner.laying import Laying, Tables, Wish
+from pdjax.planner.laying import Laying, Wish
 from pdjax.planner.narrowing import narrowed
+from pdjax.planner.tables import Tables
 
 _EXACT = 1e-12  # a plan counts as faster if its time is less by more than this share
 _CLOSE = 1e-9  # how closely the best time is closed in
