@@ -1,0 +1,245 @@
+"""How well a profile predicts the time of stages.
+
+    python experiments/planner/predicted.py
+
+Each stage's forward and backward pass, derived and compiled as a pipeline derives and compiles
+them, is timed against the sum of its layers in the profile. In every round the profile is measured
+anew, then the stages of all plans, so that both meet the same machine. Prints a table in Markdown
+and draws predicted.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from pdjax.arguments import taking_key
+from pdjax.config import TrainConfig
+from pdjax.differentiate import StagePrograms, differentiate
+from pdjax.graph import LayerGraph, build_graph
+from pdjax.planner import Plan, PlanOptions, manual_plan, plan_pipeline
+from pdjax.profile import Profile
+from pdjax.profiler import measure
+from pdjax.split import split
+from pdjax.stopwatch import Pass, make_inputs, sample, saved_values
+from pdjax.topology import Topology
+from pdjax.training.task import make_task
+
+_COLORS = {"transformer": "#3b6fb6", "vgg16": "#c4622d"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is timed: a model of pdjax, examples in a microbatch, and cuts made by hand."""
+
+    config: TrainConfig
+    batch_size: int
+    planned: tuple[int, ...]
+    by_hand: tuple[tuple[str, ...], ...]
+
+
+MODELS = {
+    "transformer": Model(
+        TrainConfig(model="transformer", model_fields=("width=256", "num_heads=4", "num_blocks=4")),
+        8,
+        (2, 3, 4),
+        (("block_1",), ("block_0/mlp_in", "head"), ("block_0", "block_1/mlp_out", "block_2")),
+    ),
+    "vgg16": Model(
+        TrainConfig(model="vgg16", model_fields=("width_multiplier=0.5", "dense_width=1024")),
+        8,
+        (2, 3, 4),
+        (("conv_1",), ("conv_2", "dense_0"), ("conv_1", "conv_9", "head")),
+    ),
+}
+
+
+@dataclass
+class Timed:
+    """A plan, and what was found in each round.
+
+    Attributes:
+        model: name of the model.
+        kind: "planned" or "by hand".
+        plan: the stages.
+        calls: a forward and a backward pass of each stage.
+        predicted_s: for each round and stage the sum of the layers of the round's profile.
+        measured_s: for each round and stage both of its passes.
+    """
+
+    model: str
+    kind: str
+    plan: Plan
+    calls: list[list[Callable[[], Any]]]
+    predicted_s: list[list[float]] = field(default_factory=list)
+    measured_s: list[list[float]] = field(default_factory=list)
+
+    def errors(self) -> np.ndarray:
+        """Predicted over measured, less 1: ``[rounds, stages]``."""
+        return np.array(self.predicted_s) / np.array(self.measured_s) - 1
+
+    def slowest_errors(self) -> np.ndarray:
+        """The same of the slowest stage, which decides the throughput: ``[rounds]``."""
+        return np.max(self.predicted_s, axis=1) / np.max(self.measured_s, axis=1) - 1
+
+
+def trace(model: Model) -> tuple[LayerGraph, Any]:
+    """The model and a microbatch."""
+    task = make_task(model.config, shapes_only=True)
+    examples = [task.dataset.train[at] for at in range(model.batch_size)]
+    batch = jax.tree.map(lambda *leaves: np.stack(leaves), *examples)
+    loss_fn = taking_key(task.loss_fn, task.model_state is not None)
+    graph = build_graph(
+        loss_fn, task.params, batch, jax.random.key(0), model_state=task.model_state
+    )
+    return graph, batch
+
+
+def compile_plan(graph: LayerGraph, plan: Plan, batch: Any) -> list[list[Callable[[], Any]]]:
+    """The passes of each stage, bound to made-up weights and activations."""
+    place = SingleDeviceSharding(jax.local_devices()[0])
+    stages = split(graph, plan.first_layers)
+    leaves = jax.tree.leaves(batch)
+    made = differentiate(stages, plan.remat)
+    return [_bound(graph, programs, leaves, place) for programs in made]
+
+
+def _bound(
+    graph: LayerGraph, programs: StagePrograms, batch: list[Any], place: Sharding
+) -> list[Callable[[], Any]]:
+    forward, backward = Pass(programs.forward, place), Pass(programs.backward, place)
+    forward.compile()
+    backward.compile()
+    stage, consts = programs.stage, graph.traced.program.consts
+    known = {var: consts[i] for var, i in zip(programs.inputs["consts"], stage.consts, strict=True)}
+    known |= zip(programs.inputs["batch"], (batch[i] for i in stage.batch), strict=True)
+    values = make_inputs(programs, {*forward.reads, *backward.reads}, known, place)
+    first = forward.bind(values)
+    values |= saved_values(forward, tuple(first()), programs.forward.outputs["saved"])
+    return [first, backward.bind(values)]
+
+
+def prepare(name: str) -> tuple[Callable[[], Profile], list[Timed]]:
+    """A function that measures the model's profile anew, and the plans to be timed."""
+    model = MODELS[name]
+    graph, batch = trace(model)
+
+    def profile() -> Profile:
+        return measure(graph, batch_size=model.batch_size, batch=batch, repeats=5)
+
+    first = profile()
+    timed = []
+    for count in model.planned:
+        options = PlanOptions(num_stages=count, straight=True)
+        plan = plan_pipeline(first, Topology.uniform(count, 10e9), options)
+        timed.append(Timed(name, "planned", plan, compile_plan(graph, plan, batch)))
+    for cuts in model.by_hand:
+        plan = manual_plan(first.names, first.column("compute_s"), cuts)
+        timed.append(Timed(name, "by hand", plan, compile_plan(graph, plan, batch)))
+    return profile, timed
+
+
+def run_round(profile: Callable[[], Profile], plans: list[Timed]) -> None:
+    """Measures a profile, then every stage of every plan."""
+    seconds = profile().column("compute_s")
+    for timed in plans:
+        bounds = [*timed.plan.first_layers, len(timed.plan.layers)]
+        timed.predicted_s.append([sum(seconds[a:b]) for a, b in pairwise(bounds)])
+        timed.measured_s.append([_stage_s(passes) for passes in timed.calls])
+
+
+def _stage_s(passes: list[Callable[[], Any]]) -> float:
+    """Seconds of both passes of a stage, which take turns as on a worker of its own."""
+    return float(np.median(sample(passes, 5), axis=0).sum())
+
+
+def percent(values: np.ndarray) -> str:
+    low, middle, high = np.percentile(values, (25, 50, 75)) * 100
+    return f"{middle:+.0f} % ({low:+.0f} to {high:+.0f})"
+
+
+def show(plans: list[Timed]) -> None:
+    print(
+        "| model | plan | stages begin at | stage | predicted, ms | measured, ms | error |\n"
+        "|---|---|---|---:|---:|---:|---|"
+    )
+    for timed in plans:
+        starts = ", ".join(timed.plan.layers[at] for at in timed.plan.first_layers[1:])
+        predicted, measured = (
+            np.median(seconds, axis=0) * 1e3 for seconds in (timed.predicted_s, timed.measured_s)
+        )
+        for stage, errors in enumerate(timed.errors().T):
+            what = f"{timed.model} | {timed.kind} | {starts}" if stage == 0 else " | |"
+            figures = f"{predicted[stage]:.1f} | {measured[stage]:.1f} | {percent(errors)}"
+            print(f"| {what} | {stage} | {figures} |")
+        print(f"|  | | | slowest | | | {percent(timed.slowest_errors())} |")
+
+
+def summarise(plans: list[Timed]) -> None:
+    print("\n| model | all stages | slowest stages | error, of either sign, of the slowest |")
+    print("|---|---|---|---|")
+    for name in dict.fromkeys(timed.model for timed in plans):
+        mine = [timed for timed in plans if timed.model == name]
+        stages = np.concatenate([timed.errors().ravel() for timed in mine])
+        slowest = np.concatenate([timed.slowest_errors() for timed in mine])
+        print(f"| {name} | {percent(stages)} | {percent(slowest)} | {percent(abs(slowest))} |")
+
+
+def draw(plans: list[Timed], path: Path) -> None:
+    figure = Figure(figsize=(6, 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    labels = set()
+    for timed in plans:
+        x, y = (np.array(seconds) * 1e3 for seconds in (timed.predicted_s, timed.measured_s))
+        (x_low, x_mid, x_high), (y_low, y_mid, y_high) = (
+            np.percentile(values, (25, 50, 75), axis=0) for values in (x, y)
+        )
+        axes.errorbar(
+            x_mid,
+            y_mid,
+            xerr=(x_mid - x_low, x_high - x_mid),
+            yerr=(y_mid - y_low, y_high - y_mid),
+            fmt="o" if timed.kind == "planned" else "s",
+            markersize=4,
+            elinewidth=0.8,
+            color=_COLORS[timed.model],
+            label=None if (key := f"{timed.model}, {timed.kind}") in labels else key,
+        )
+        labels.add(key)
+    axes.set(xscale="log", yscale="log")
+    axes.axline((1, 1), (10, 10), color="black", linewidth=0.8)
+    axes.set(xlabel="predicted, milliseconds", ylabel="measured, milliseconds")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--picture", type=Path, default=Path(__file__).with_name("predicted.png"))
+    args = parser.parse_args()
+    prepared = [prepare(name) for name in MODELS]
+    for number in range(args.rounds):
+        for profile, plans in prepared:
+            run_round(profile, plans)
+        print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
+    plans = [timed for _, several in prepared for timed in several]
+    show(plans)
+    summarise(plans)
+    draw(plans, args.picture)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
