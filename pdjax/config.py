@@ -129,6 +129,10 @@ class PlanConfig:
     overlap: bool = True
     """Whether workers compute and communicate at the same time."""
 
+    sync: Literal["ring", "paper", "original"] = "ring"
+    """What an all-reduce over m replicas sends for each byte of weights: ring 2(m-1)/m, paper 2(m-1)
+    (the formula of PipeDream's paper), original 4(m-1)/m (its code)."""
+
     batch_size: int | None = None
     """Examples in a microbatch: 32 by default with --model. A --profile for another size is
     rescaled, with a warning."""

@@ -9,7 +9,9 @@ A file has a line for every node and, after a tab, for every edge:
 (the first is one line). Times are in milliseconds, sizes in bytes; an activation may be a list,
 ``[4096.0; 128.0]``. The form is that of the profiler of the original PipeDream; the graph
 is any directed graph without cycles. To be cut it is put into a line; the bytes that cross a cut
-are those of every node before it with a reader after it, each node counted once.
+are those of every node before it with a reader after it, each node counted once. Inputs of the
+model (nodes that nothing leads to, described as ``Input…``) cost nothing: what they took is the
+loading of data, and a batch goes straight to the stages that read it. The original drops them, too.
 
 Nothing here imports JAX.
 """
@@ -19,7 +21,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pdjax.profile import LayerProfile, Profile
 
@@ -81,6 +83,9 @@ def read_graph(text: str, where: str = "graph.txt") -> Profile:
     readers: dict[str, list[str]] = {name: [] for name in nodes}
     for source, target, _ in edges:
         readers[source].append(target)
+    for name in nodes.keys() - {target for _, target, _ in edges}:
+        if nodes[name].description.startswith("Input"):
+            nodes[name] = replace(nodes[name], forward_s=0, backward_s=0, activation_bytes=0)
     order = narrow_order(nodes, readers, where)
     return Profile(_as_layers(order, nodes, readers))
 

@@ -72,6 +72,7 @@ def _options(config: PlanConfig) -> PlanOptions:
         remat=config.remat,
         optimizer_bytes_per_param_byte=config.optimizer_bytes_per_param_byte,
         overlap=config.overlap,
+        sync=config.sync,
     )
 
 

@@ -23,7 +23,7 @@ def node(name: str, what: str, forward: str, backward: str, activation: str, par
 
 
 DIAMOND = (
-    node("node1", "Input", "0.000", "0.000", "8.0", "0.000")
+    node("node1", "Input", "9.000", "0.000", "8.0", "0.000")
     + node("node2", "Conv2d(3, 64)", "1.500", "3.000", "[100.0; 28.0]", "1728.000")
     + node("node3", "ReLU", "0.5", "0.25", "64.0", "0.0")
     + node("node4", "Add", "0.25", "0.25", "32.0", "0.0")
@@ -39,7 +39,8 @@ def test_a_graph_becomes_a_line_with_every_crossing_value_counted_once():
         "node3",
         "node4",
     ]
-    assert [layer.cut_bytes for layer in profile.layers] == [8, 128, 128 + 64, 0]
+    assert [layer.cut_bytes for layer in profile.layers] == [0, 128, 128 + 64, 0]
+    assert profile.layers[0].forward_s == 0  # an input: loading data is no pass of the model
     assert profile.layers[1].forward_s == 1.5e-3
     assert profile.layers[1].backward_s == 3e-3
     assert profile.layers[1].param_bytes == 1728
