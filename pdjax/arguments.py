@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from pdjax.planner import Plan
 from pdjax.profile import Profile
 from pdjax.profile_files import load_profile
 from pdjax.schedules import Schedule, find_algorithm
-from pdjax.topology import Topology
+from pdjax.topology import Topology, format_bytes
 
 _KEY_NAMES = frozenset(
     {"rng", "rngs", "key", "prng", "rng_key", "prng_key", "random_key", "dropout_key"}
@@ -61,7 +62,7 @@ def read_plan(
     if isinstance(plan, (str, PathLike)):
         plan = Plan.load(plan)
     if not isinstance(plan, Plan):
-        return tuple(plan)
+        return _read_names(plan)
     if max(plan.replicas) > 1:
         raise ValueError(
             f"the plan replicates stages ({plan.notation}), and replicas cannot be run yet. Plan "
@@ -70,16 +71,64 @@ def read_plan(
     return plan
 
 
+def _read_names(plan: Any) -> tuple[str, ...]:
+    names = tuple(plan) if isinstance(plan, (list, tuple)) else ()
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"plan={plan!r}; expected 'auto', 'balanced', a Plan, the path of a .json file, or a "
+            "list of names."
+        )
+    return names
+
+
 def read_topology(topology: Topology | str | None) -> Topology | None:
     """A topology from its text form, if it is not one already."""
-    return Topology.parse(topology) if isinstance(topology, str) else topology
+    if topology is None or isinstance(topology, Topology):
+        return topology
+    if not isinstance(topology, str):
+        raise ValueError(
+            f"topology={topology!r}; expected a Topology or its text form, such as '4@10GB/s'."
+        )
+    return Topology.parse(topology)
 
 
 def read_profile(profile: Profile | str | PathLike[str] | None) -> Profile | None:
     """A profile from a file, if it is not one already."""
     if profile is None or isinstance(profile, Profile):
         return profile
+    if not isinstance(profile, (str, PathLike)):
+        raise ValueError(f"profile={profile!r}; expected a Profile, or the path of one.")
     return load_profile(profile)
+
+
+def check_machines(plan: Any, topology: Topology | None, profile: Profile | None) -> None:
+    """Raises ValueError if what an automatic plan needs is given with another plan.
+
+    A `Plan` may come with a topology: it must fit into that.
+    """
+    if plan == "auto":
+        return
+    if profile is not None or (topology is not None and not isinstance(plan, Plan)):
+        raise ValueError(
+            "topology and profile serve plan='auto', but another plan is given. Leave them out, "
+            "or leave the plan out."
+        )
+    if topology is None:
+        return
+    for number, stage in enumerate(plan.stages):
+        for worker in stage.workers:
+            if worker >= topology.num_workers:
+                raise ValueError(
+                    f"stage {number} of the plan is on worker {worker}, but the topology "
+                    f"{topology} has {topology.num_workers}. Plan for this topology."
+                )
+            limit = topology.memory_bytes[worker] if topology.memory_bytes else math.inf
+            if stage.peak_bytes > limit:
+                raise ValueError(
+                    f"stage {number} of the plan needs {format_bytes(stage.peak_bytes)}, but "
+                    f"worker {worker} of {topology} has {format_bytes(limit)}. Plan for this "
+                    "topology."
+                )
 
 
 def choose_placements(

@@ -11,15 +11,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
-from pdjax.bandwidth import measure_bandwidth
+from pdjax import jaxprs
+from pdjax.bandwidth import ALONE_BYTES_PER_S, measure_bandwidth
+from pdjax.bookkeeping import inseparable_by_state, inseparable_by_ties
 from pdjax.graph import LayerGraph, model_fingerprint
 from pdjax.planner import Plan, PlanOptions, plan_pipeline
 from pdjax.planner.cuts import check_enough_layers
@@ -28,6 +31,8 @@ from pdjax.profiler import check_profile, measure
 from pdjax.topology import Topology
 
 _log = logging.getLogger("pdjax")
+
+_Read = TypeVar("_Read")
 
 _measured: dict[str, str] = {}
 
@@ -70,7 +75,10 @@ def automatic_plan(
             f"{len(devices)} devices: {list(devices)}. Give a topology of these, or plan for "
             "other machines with 'python -m pdjax.plan'."
         )
-    if options.num_stages == 1 or (options.num_stages is None and len(devices) == 1):
+    alone = options.num_stages == 1 or len(devices) == 1
+    if alone and topology is None:  # no link matters, but memory may
+        topology = Topology.local(devices, bandwidth_bytes_per_s=ALONE_BYTES_PER_S)
+    if alone and topology is not None and not topology.memory_bytes:
         return Plan(graph.names, (0,), (1.0,), model_fingerprint(graph))
     if machines.profile is None:
         profile = measured_profile(graph, devices[0], batch_size, batch)
@@ -79,29 +87,48 @@ def automatic_plan(
     if topology is None:
         speed = _measured_bandwidth(devices)
         topology = Topology.local(devices, bandwidth_bytes_per_s=speed)
-    plan = plan_pipeline(profile, topology, options)
-    if plan.prediction is not None:
-        _log.info("%s", plan.prediction.advice)
-    return plan
+    return plan_pipeline(profile, topology, options)
 
 
 def measured_profile(graph: LayerGraph, device: Any, batch_size: int, batch: Any) -> Profile:
-    """The model's profile, from before if there is one for the same layers on such a device."""
-    about = [[layer.name, layer.fingerprint, layer.cut_bytes] for layer in graph.layers]
-    key = _key("profile", FORMAT, about, batch_size, *_kind(device))
+    """The model's profile, from before if there is one for the same model on such a device.
+
+    Args:
+        graph: the model, traced for one microbatch.
+        device: where to measure.
+        batch_size: examples in a microbatch.
+        batch: a microbatch, for the measurement; None to make one up.
+    """
+    traced = graph.traced
+    key = _key(
+        "profile",
+        FORMAT,
+        model_fingerprint(graph),
+        [(x.name, x.fingerprint, x.cut_bytes, x.param_bytes, x.params) for x in graph.layers],
+        [str(jaxprs.aval(var)) for var in (*traced.params, *traced.state, *traced.batch)],
+        [inseparable_by_state(graph), inseparable_by_ties(graph)],
+        (batch_size, batch is None),
+        _kind(device),
+    )
 
     def make() -> str:
         _log.info("profiling %d layers on %s", len(graph.layers), device)
         made = measure(graph, batch_size=batch_size, device=device, batch=batch, progress=True)
         return made.to_json()
 
-    return Profile.from_json(_remembered("profile", key, make))
+    return _remembered("profile", key, make, Profile.from_json)
 
 
 def _measured_bandwidth(devices: Sequence[Any]) -> float:
-    kinds = [(device.id, *_kind(device)) for device in devices]
-    key = _key("bandwidth", kinds)
-    return float(json.loads(_remembered("bandwidth", key, lambda: str(measure_bandwidth(devices)))))
+    key = _key("bandwidth", [(device.id, *_kind(device)) for device in devices])
+    return _remembered("bandwidth", key, lambda: str(measure_bandwidth(devices)), _read_bandwidth)
+
+
+def _read_bandwidth(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(f"a bandwidth of {value} bytes/s")
+    return value
 
 
 def _kind(device: Any) -> tuple[str, str, str]:
@@ -112,16 +139,20 @@ def _key(*about: Any) -> str:
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
 
 
-def _remembered(kind: str, key: str, make: Callable[[], str]) -> str:
-    """What `make` returned when it was last asked for with the same key."""
+def _remembered(
+    kind: str, key: str, make: Callable[[], str], read: Callable[[str], _Read]
+) -> _Read:
+    """What `make` returned when it was last asked for with the same key, read by `read`."""
     if key not in _measured:
         file = _file(kind, key)
-        found = _read(file)
-        if found is None:
-            found = make()
-            _write(file, found)
-        _measured[key] = found
-    return _measured[key]
+        text = _text_of(file)
+        try:
+            read(text)
+        except (ValueError, TypeError):  # none is there, or it was half written by a crash
+            text = make()
+            _write(file, text)
+        _measured[key] = text
+    return read(_measured[key])
 
 
 def _file(kind: str, key: str) -> Path | None:
@@ -131,13 +162,11 @@ def _file(kind: str, key: str) -> Path | None:
     return Path(directory) / f"pdjax-{kind}-{key}.json"
 
 
-def _read(file: Path | None) -> str | None:
+def _text_of(file: Path | None) -> str:
     try:
-        text = file.read_text() if file is not None else None
-        json.loads(text or "null")
-    except (OSError, ValueError):  # none there, or one that was half written by a crash
-        return None
-    return text
+        return "" if file is None else file.read_text()
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def _write(file: Path | None, text: str) -> None:

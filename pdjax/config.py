@@ -120,8 +120,9 @@ class PlanConfig:
     straight: bool = False
     """Whether to replicate nothing. 'python -m pdjax.train' can run only such plans yet."""
 
-    remat: bool = True
-    """Whether stages may recompute their forward passes where memory is short."""
+    remat: Literal["auto", "none", "full"] = "auto"
+    """auto: stages may recompute their forward passes where memory is short; none, full: none or
+    all of them do."""
 
     optimizer_bytes_per_param_byte: float = 2.0
     """Size of the optimizer state: 2 for Adam, 1 for momentum, 0 for plain SGD."""
@@ -130,8 +131,8 @@ class PlanConfig:
     """Whether workers compute and communicate at the same time."""
 
     sync: Literal["ring", "paper", "original"] = "ring"
-    """What an all-reduce over m replicas sends for each byte of weights: ring 2(m-1)/m, paper 2(m-1)
-    (the formula of PipeDream's paper), original 4(m-1)/m (its code)."""
+    """What an all-reduce over m replicas sends for each byte of weights: ring 2(m-1)/m, paper
+    2(m-1) (the formula of PipeDream's paper), original 4(m-1)/m (its code)."""
 
     batch_size: int | None = None
     """Examples in a microbatch: 32 by default with --model. A --profile for another size is

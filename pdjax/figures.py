@@ -60,6 +60,7 @@ def save_timeline(timeline: Timeline, path: str | Path) -> None:
 
 
 _STAGES = ("#eef2f8", "#f8f1ea")  # behind even and odd stages
+_MOST_BARS = 150  # layers for which two bars each can be told apart
 _MOST_NAMES = 60  # layers whose names can be told apart along an axis
 
 
@@ -115,7 +116,10 @@ def _draw_sizes(axes: Axes, profile: Profile) -> None:
     rows = (("param_bytes", "weights", "#2e7d32"), ("cut_bytes", "sent if cut here", "#9c9c9c"))
     for shift, (field, label, color) in zip((-0.2, 0.2), rows, strict=True):
         mebibytes = [size / 2**20 for size in profile.column(field)]
-        axes.bar([x + shift for x in at], mebibytes, width=0.4, color=color, label=label)
+        if len(at) > _MOST_BARS:  # two bars a layer would hide each other
+            axes.plot(at, mebibytes, color=color, label=label, linewidth=1)
+        else:
+            axes.bar([x + shift for x in at], mebibytes, width=0.4, color=color, label=label)
     axes.set_ylabel("MiB")
 
 
@@ -147,7 +151,8 @@ def _name_stages(axes: Axes, plan: Plan) -> None:
 
 
 def _shortened(name: str) -> str:
-    return name if len(name) <= 28 else f"{name[:27]}…"
+    """The end of a long name, in which neighbours differ."""
+    return name if len(name) <= 28 else f"…{name[-27:]}"
 
 
 def _title(plan: Plan) -> str:

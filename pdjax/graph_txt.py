@@ -83,11 +83,16 @@ def read_graph(text: str, where: str = "graph.txt") -> Profile:
     readers: dict[str, list[str]] = {name: [] for name in nodes}
     for source, target, _ in edges:
         readers[source].append(target)
-    for name in nodes.keys() - {target for _, target, _ in edges}:
-        if nodes[name].description.startswith("Input"):
-            nodes[name] = replace(nodes[name], forward_s=0, backward_s=0, activation_bytes=0)
+    _free_inputs(nodes, {target for _, target, _ in edges})
     order = narrow_order(nodes, readers, where)
     return Profile(_as_layers(order, nodes, readers))
+
+
+def _free_inputs(nodes: dict[str, Node], targets: set[str]) -> None:
+    """Takes the costs off the inputs of the model, in place."""
+    for name in nodes.keys() - targets:
+        if nodes[name].description.startswith("Input"):
+            nodes[name] = replace(nodes[name], forward_s=0, backward_s=0, activation_bytes=0)
 
 
 def write_graph(profile: Profile) -> str:

@@ -18,6 +18,7 @@ import optax
 from jax.sharding import Sharding
 
 from pdjax.arguments import (
+    check_machines,
     check_optimizer,
     check_remat,
     check_rng,
@@ -200,6 +201,8 @@ class Pipeline:
         check_optimizer(optimizer)
         check_remat(remat)
         chosen = read_plan(plan)
+        machines, figures = read_topology(topology), read_profile(profile)
+        check_machines(chosen, machines, figures)
         placements, count = choose_placements(schedule, num_stages, devices, chosen, remat)
         self._settings = Settings(
             loss_fn=loss_fn,
@@ -210,8 +213,8 @@ class Pipeline:
             num_stages=count,
             num_microbatches=choose_num_microbatches(schedule, num_microbatches),
             plan=chosen,
-            topology=read_topology(topology),
-            profile=read_profile(profile),
+            topology=machines,
+            profile=figures,
             eval_loss_fn=eval_loss_fn or loss_fn,
             batch_axes=batch_axes,
             weighted_loss=weighted_loss,
@@ -253,7 +256,7 @@ class Pipeline:
             prepared, jax.tree.map(_Origin.of, params), jax.tree.map(_Origin.of, model_state)
         )
         self._latest = training
-        _log.info("%s, %s", self.plan, self.schedule.name)
+        _log.info("schedule %s\n%s", self.schedule.name, self.plan)
         return PipelineState(self, training, prepared.start(params, model_state), 0)
 
     def step(self, state: PipelineState, batch: Any) -> tuple[PipelineState, Metrics]:

@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         plan_model(config, console)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         errors.print(f"error: {error}", style="red", markup=False)
         return 2
     return 0

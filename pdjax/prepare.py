@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from pdjax.batches import (
 )
 from pdjax.bookkeeping import inseparable_by_state, inseparable_by_ties
 from pdjax.differentiate import Remat
+from pdjax.errors import PdjaxWarning
 from pdjax.graph import LayerGraph, build_graph, model_fingerprint
 from pdjax.optimizer import UpdateSplit, init_program, split_update
 from pdjax.planner import Plan, PlanOptions, balanced_plan, manual_plan
@@ -384,6 +386,7 @@ def make_plan(
         return manual_plan(names, work, settings.plan)
     if isinstance(settings.plan, Plan):
         check_plan(settings.plan, graph)
+        _warn_of_schedule(settings.plan, _planned_as(settings))
         return settings.plan
     if settings.plan == "balanced":
         together = inseparable_by_state(graph)
@@ -398,7 +401,7 @@ def make_plan(
         num_microbatches=count,
         num_stages=settings.num_stages,
         straight=True,
-        remat=settings.remat is None,
+        remat=_planned_remat(settings.remat),
         optimizer_bytes_per_param_byte=_optimizer_ratio(settings.optimizer, params),
     )
     devices = tuple(next(iter(p.device_set)) for p in settings.placements)
@@ -422,11 +425,29 @@ def check_plan(plan: Plan, graph: LayerGraph) -> None:
         )
 
 
+def _warn_of_schedule(plan: Plan, schedule: str) -> None:
+    if plan.prediction is not None and plan.prediction.schedule != schedule:
+        warnings.warn(
+            f"the plan was made for the schedule {plan.prediction.schedule!r}, and {schedule!r} is "
+            "to run: what it predicts, the memory above all, does not hold.",
+            PdjaxWarning,
+            stacklevel=4,
+        )
+
+
 def remat_of(settings: Settings, plan: Plan) -> tuple[Remat, ...]:
     """What each stage recomputes: as was asked for, else as was planned."""
     if settings.remat is None:
         return plan.remat
     return for_each_stage(settings.remat, plan.num_stages)
+
+
+def _planned_remat(remat: Remat | Sequence[Remat] | None) -> Literal["auto", "none", "full"]:
+    """What the planner reckons with. A policy saves less than all: it is planned as none."""
+    if remat is None:
+        return "auto"
+    wishes = [remat] if isinstance(remat, str) or callable(remat) else list(remat)
+    return "full" if all(wish == "full" for wish in wishes) else "none"
 
 
 def _planned_as(settings: Settings) -> str:

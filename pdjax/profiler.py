@@ -271,17 +271,20 @@ class _Cost:
 
 def _profile(graph: LayerGraph, cut: _Cut, costs: Sequence[_Cost], **about: Any) -> Profile:
     rows = []
-    for layers, number in zip(cut.layers, cut.alike, strict=True):
+    held = _held_bytes(cut)
+    for layers, number, extra in zip(cut.layers, cut.alike, held, strict=True):
+        extra -= sum(layer.param_bytes for layer in layers)
         for layer, share in zip(layers, _shares(layers), strict=True):
             cost = {name: value * share for name, value in vars(costs[number]).items()}
             rows.append(
                 LayerProfile(
                     name=layer.name,
                     cut_bytes=layer.cut_bytes,
-                    param_bytes=layer.param_bytes,
+                    param_bytes=layer.param_bytes + max(extra, 0),
                     **cost,
                 )
             )
+            extra = 0
     return Profile(
         tuple(rows),
         model=model_fingerprint(graph),
@@ -291,6 +294,19 @@ def _profile(graph: LayerGraph, cut: _Cut, costs: Sequence[_Cost], **about: Any)
         tied=_several(inseparable_by_ties(graph)),
         **about,
     )
+
+
+def _held_bytes(cut: _Cut) -> list[int]:
+    """For each stage the bytes of the parameters that it holds.
+
+    More than its layers read at full size: also what reaches the loss by way of something smaller
+    that is made of parameters alone, such as the first rows of a table of positions.
+    """
+    held = [0] * len(cut.split.stages)
+    for var, homes in zip(cut.split.traced.params, cut.split.homes, strict=True):
+        for stage in homes:
+            held[stage] += jaxprs.num_bytes(var)
+    return held
 
 
 def _several(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

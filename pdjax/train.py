@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     errors = Console(stderr=True, highlight=False)
     try:
         train(config, Console(highlight=False))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         errors.print(f"error: {error}", style="red", markup=False)
         return 2
     except (pdjax.BrokenPipelineError, pdjax.NonFiniteLossError) as error:

@@ -105,6 +105,52 @@ def test_a_broken_file_is_measured_anew(measured, cache):
     assert len(measured) == 2
 
 
+@pytest.mark.parametrize("text", ["null", "{}", "3", '{"format": 1, "layers": []}'])
+def test_a_file_that_holds_something_else_is_measured_anew(measured, cache, text):
+    make_pipe(num_stages=2).init(CASE.params, BATCH)
+    for file in cache.glob("pdjax-*.json"):
+        file.write_text(text)
+    automatic._measured.clear()
+    make_pipe(num_stages=2).init(CASE.params, BATCH)
+    assert len(measured) == 2
+
+
+def test_models_that_differ_only_in_a_tie_are_told_apart(measured, cache):
+    def loss_fn(params, batch):
+        hidden = batch["x"] @ params["a"]["w"] @ params["b"]["w"]
+        return (hidden @ params["c"]["w"]).var()
+
+    def tied(params, batch):
+        return loss_fn({**params, "c": params["a"]}, batch)
+
+    params = {name: {"w": np.ones((4, 4), np.float32)} for name in "abc"}
+    batch = {"x": np.ones((8, 4), np.float32)}
+    for function, expected in ((loss_fn, ()), (tied, ((0, 2),))):
+        pipe = pdjax.Pipeline(function, optax.sgd(0.1), schedule="pipedream")
+        assert pipe.profile(params, batch).tied == expected
+    half = {name: {"w": leaf["w"].astype(np.float16)} for name, leaf in params.items()}
+    assert pipe.profile(half, batch).dtype == "float16"
+
+
+def test_one_stage_must_fit_too(measured, cache):
+    for pipe in (
+        make_pipe(topology="1@1GB/s:1kB", num_stages=1),
+        make_pipe(topology="1@1GB/s:1kB", devices=jax.devices()[:1]),
+    ):
+        with pytest.raises(ValueError, match="no plan fits"):
+            pipe.init(CASE.params, BATCH)
+
+
+def test_a_plan_must_fit_the_topology_that_is_given():
+    plan = plan_pipeline(make_profile(), pdjax.Topology.parse(LINKS), PlanOptions(straight=True))
+    make_pipe(plan=plan, schedule="pipedream", topology="4@1GB/s:1GiB")
+    for topology, message in (("2@1GB/s", "on worker 2"), ("4@1GB/s:1kB", "worker 0 of .* has")):
+        with pytest.raises(ValueError, match=message):
+            make_pipe(plan=plan, topology=topology)
+    with pytest.warns(pdjax.PdjaxWarning, match="made for the schedule 'pipedream'"):
+        make_pipe(plan=plan, schedule="gpipe").init(CASE.params, BATCH)
+
+
 def test_one_stage_needs_no_profile(measured, cache):
     make_pipe(num_stages=1).init(CASE.params, BATCH)
     make_pipe(devices=jax.devices()[:1]).init(CASE.params, BATCH)
@@ -154,7 +200,7 @@ def test_a_plan_from_a_file(tmp_path):
     plan = plan_pipeline(profile, pdjax.Topology.parse(LINKS), PlanOptions(straight=True))
     plan.save(tmp_path / "plan.json")
     for given in (plan, str(tmp_path / "plan.json"), tmp_path / "plan.json"):
-        pipe = make_pipe(plan=given)
+        pipe = make_pipe(plan=given, schedule="pipedream")
         pipe.init(CASE.params, BATCH)
         assert pipe.plan == plan
 
@@ -174,6 +220,10 @@ def test_a_plan_of_another_model_is_refused():
         ({"plan": "best"}, r"plan='best'; expected 'auto', 'balanced', a Plan, .*\['best'\]"),
         ({"plan": "none.json"}, "cannot read the plan 'none.json'"),
         ({"topology": "4x"}, "topology '4x' gives no bandwidth"),
+        ({"topology": 3}, "topology=3; expected a Topology"),
+        ({"profile": 3}, "profile=3; expected a Profile"),
+        ({"plan": 5}, "plan=5; expected 'auto'"),
+        ({"plan": "balanced", "topology": "4@1GB/s"}, "topology and profile serve plan='auto'"),
         ({"profile": "none.json"}, "cannot read the profile none.json"),
         ({"num_stages": 5}, "5 stages need as many devices, but there are 4"),
         ({"remat": ["none", "full"], "num_stages": 3}, "disagree about the number of stages"),

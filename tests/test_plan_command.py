@@ -156,6 +156,12 @@ def test_arguments_that_make_no_sense(tmp_path, monkeypatch, capsys, arguments, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_place_that_cannot_be_written_to_is_an_error_without_a_traceback(graph_file, capsys):
+    arguments = ["--profile", str(graph_file), "--topology", "2@1GB/s"]
+    assert main([*arguments, "--output", str(graph_file / "plan.json")]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
 def test_a_file_with_a_fault_is_named_with_its_line(tmp_path, capsys):
     for text, message in (
         (GRAPH.replace("4.0, backward", "-4.0, backward"), "graph.txt, line 2"),

@@ -102,6 +102,55 @@ def test_the_bubble_is_that_of_the_formula():
         assert prediction.minibatch_s == pytest.approx((6 + 3) * 3e-3)
 
 
+def test_without_pipelining_every_microbatch_goes_through_alone():
+    profile = make_profile([(1e-3, 2e-3, 0, 1, 0)] * 8)
+    options = PlanOptions("model_parallel", 4, num_stages=4, straight=True)
+    plan = plan_pipeline(profile, Topology.parse("4@1GB/s"), options)
+    assert predicted(plan).minibatch_s == pytest.approx(4 * 8 * 3e-3)
+
+
+@pytest.mark.parametrize(("num_microbatches", "minibatch_s"), [(1, 24e-3), (4, 24e-3), (6, 48e-3)])
+def test_replicas_of_a_flushed_stage_share_the_microbatches(num_microbatches, minibatch_s):
+    """Each does a whole number of them: of six, two of the four workers do two."""
+    profile = make_profile([(1e-3, 2e-3, 1e3, 1, 0)] * 8)
+    options = PlanOptions("one_f_one_b", num_microbatches)
+    prediction = predicted(plan_pipeline(profile, Topology.parse("4@10GB/s"), options))
+    assert prediction.others[0].name == "data parallelism"
+    assert prediction.others[0].microbatch_s * num_microbatches == pytest.approx(minibatch_s)
+    assert prediction.minibatch_s <= minibatch_s * (1 + 1e-9)
+
+
+def test_a_flushed_plan_is_never_slower_than_one_worker():
+    for topology in ("4@1kB/s", "2x2@1kB/s,1kB/s"):
+        options = PlanOptions("gpipe", 2)
+        plan = plan_pipeline(EVEN, Topology.parse(topology), options)
+        assert plan.notation == "1"
+        assert predicted(plan).advice == ("Use one worker: more of them would be no faster here.")
+
+
+def test_advice_names_what_would_be_faster():
+    plan = plan_pipeline(EVEN, Topology.parse("4@1GB/s"), PlanOptions(num_stages=1, straight=True))
+    advice = predicted(plan).advice
+    assert advice == "Use one worker; GPipe, 16 microbatches would be 3.2 times as fast."
+
+
+def test_a_link_that_limits_is_named():
+    profile = make_profile([(1e-3, 2e-3, 1e7, 1e9, 0)] * 2)
+    plan = plan_pipeline(profile, Topology.parse("2@4GB/s"), PlanOptions(num_stages=2))
+    assert "A link limits it: what crosses a cut takes 5 ms, the busiest stage 3 ms." in (
+        predicted(plan).advice
+    )
+
+
+def test_full_rematerialisation_is_planned_as_such():
+    profile = make_profile([(1e-3, 2e-3, 1e5, 1e6, 1e8)] * 4)
+    topology, options = Topology.parse("2@10GB/s"), PlanOptions(straight=True, remat="full")
+    plan = plan_pipeline(profile, topology, options)
+    assert plan.remat == ("full", "full")
+    assert predicted(plan).minibatch_s == pytest.approx(8e-3)
+    assert plan.stages[0].peak_bytes < plan_pipeline(profile, topology).stages[0].peak_bytes
+
+
 def test_layers_stay_together():
     topology = Topology.parse("4@1GB/s")
     options = PlanOptions(straight=True, together=((1, 3),))
@@ -194,7 +243,7 @@ def test_the_memory_form_is_what_the_schedule_does(name, num_stages):
     """Versions and microbatches in flight, against those of the schedule's own lists."""
     algorithm = find_algorithm(name)
     m = 6 if algorithm.divides else 1
-    form = memory_form(algorithm, m, 2.0, remat=False)
+    form = memory_form(algorithm, m, 2.0, remat="none")
     workers = algorithm.order(num_stages, m).unroll(12)
     for stage, worker in enumerate(workers):
         warm_up = num_stages - 1 - stage
@@ -217,14 +266,15 @@ stage  layers                 workers  time  share  in flight  weights    stash 
 0      layer_0 … layer_1 (2)  1: 0     6 ms  50.0%          2  2.0 MiB  2.0 MiB  14.2 MiB  64.0 MiB
 1      layer_2 … layer_3 (2)  1: 1     6 ms  50.0%          1  2.0 MiB  2.0 MiB  10.2 MiB  64.0 MiB
 
-                             workers  minibatch  examples/s  sent/example      peak
-this plan, 1-1               2             6 ms       1,667      19.5 KiB  14.2 MiB
-data parallelism             2             6 ms       1,667     409.6 KiB  20.0 MiB
-model parallelism, 2 stages  2          12.2 ms         820      19.5 KiB  10.2 MiB
-GPipe, 8 microbatches        2          6.78 ms       1,476      19.5 KiB  24.2 MiB
-one worker                   1            12 ms         833           0 B  20.0 MiB
+                             workers  microbatch  examples/s  sent/example      peak
+this plan, 1-1               2              6 ms       1,667      19.5 KiB  14.2 MiB
+data parallelism             2              6 ms       1,667     409.6 KiB  20.0 MiB
+model parallelism, 2 stages  2           12.2 ms         820      19.5 KiB  10.2 MiB
+GPipe, 8 microbatches        2           6.78 ms       1,476      19.5 KiB  24.2 MiB
+one worker                   1             12 ms         833           0 B  20.0 MiB
 
-Use a straight pipeline of 2 stages (2.0 times one worker); data parallelism would be as fast."""
+Use a straight pipeline of 2 stages (2.0 times one worker); data parallelism would be about as \
+fast."""
 
 
 def test_recomputation_is_said_with_its_price():
@@ -243,7 +293,7 @@ def test_recomputation_is_said_with_its_price():
         "none",
     }
     with pytest.raises(ValueError, match="rematerialisation"):
-        plan_pipeline(profile, smallest, PlanOptions(straight=True, remat=False))
+        plan_pipeline(profile, smallest, PlanOptions(straight=True, remat="none"))
 
 
 def test_when_nothing_fits_the_text_says_by_how_much_and_what_helps():
@@ -300,12 +350,31 @@ def test_a_plan_survives_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda value: value.pop("first_layers"), "plan.json: no plan"),
+        (lambda value: value.pop("first_layers"), "plan.json: plan: missing .'first_layers'"),
         (lambda value: value.update(format=99), "plan.json: expected format 1"),
         (lambda value: value.update(first_layers=[0, 9]), "plan.json: stages begin at layers"),
-        (lambda value: value["stages"][0].pop("warm_up"), "plan.json: no plan: .*warm_up"),
-        (lambda value: value.update(more=[1]), "plan.json: no plan: .*more"),
+        (
+            lambda value: value["stages"][0].pop("warm_up"),
+            r"plan.json: stage 0: missing \['warm_up'\]",
+        ),
+        (
+            lambda value: value.update(more=[1]),
+            r"plan.json: plan: missing \[\], unknown \['more'\]",
+        ),
         (lambda value: value["stages"].pop(), "plan.json: 3 stages for 4"),
+        (lambda value: value["stages"][1].update(workers=[0]), "a worker has two stages"),
+        (lambda value: value["stages"][1].update(workers=[-1]), "expected different numbers"),
+        (lambda value: value["stages"][1].update(workers="1"), "workers is '1'; expected a list"),
+        (lambda value: value["stages"][1].update(workers=[]), "expected different numbers"),
+        (lambda value: value["stages"][1].update(warm_up="two"), "warm_up is 'two'"),
+        (lambda value: value["stages"][1].update(remat=None), "remat is None"),
+        (lambda value: value["stages"][1].update(peak_bytes=math.nan), "peak_bytes is nan"),
+        (lambda value: value["stages"][1].update(limit_bytes="16GiB"), "limit_bytes is '16GiB'"),
+        (lambda value: value.update(stages={}), "stages is {}; expected a list"),
+        (lambda value: value.update(first_layers=[0, 1.5]), "expected whole numbers"),
+        (lambda value: value.update(layers=[1] * 8), "expected the names of the layers"),
+        (lambda value: value["prediction"].update(num_microbatches="4"), "num_microbatches is '4'"),
+        (lambda value: value["prediction"]["chosen"].pop("fits"), "chosen: missing"),
     ],
 )
 def test_files_that_are_no_plan(tmp_path, change, message):

@@ -85,6 +85,16 @@ def test_equal_layers_are_derived_and_compiled_once(num_blocks, compilations, mo
     assert len(compilations) == 2 * 3 + 1  # and the program that does nothing
 
 
+def test_every_parameter_is_counted_once():
+    """The table of positions, of which only the first rows are used, too."""
+    case = zoo.transformer()
+    graph = graph_of(case)
+    profile = estimate(graph, Rates(1e9, 1e9, ""), batch_size=2)
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(case.params))
+    assert profile.total("param_bytes") == total
+    assert sum(layer.param_bytes for layer in graph.layers) < total
+
+
 def test_equal_layers_of_a_transformer_share_their_figures():
     """Dropout's random bits differ from block to block in their seed alone."""
     graph = graph_of(zoo.transformer(dropout=0.1), rng=QUICK_KEY)

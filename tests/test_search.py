@@ -6,11 +6,13 @@ import itertools
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdjax.planner.cost_model import CostForm, Costs, MemoryForm, Part
+from pdjax.planner.frontier import PARENT, make_rows, worth_keeping
 from pdjax.planner.search import fastest
 from pdjax.profile import LayerProfile, Profile
 from pdjax.topology import Level, Topology
@@ -106,7 +108,8 @@ def allowed(costs, parts, num_stages):
     return (
         num_stages in (None, len(stages))
         and all(math.isfinite(costs.width_bytes[stage.first]) for stage in stages)
-        and not any(stage.remat and not costs.memory.remat for stage in stages)
+        and all(stage.remat for stage in stages if costs.memory.remat == "full")
+        and not any(stage.remat for stage in stages if costs.memory.remat == "none")
         and costs.excess_bytes(parts) == 0
     )
 
@@ -130,7 +133,7 @@ memory_forms = st.one_of(
         num_microbatches=st.sampled_from([None, 2, 8]),
         optimizer_bytes_per_param_byte=st.sampled_from([0.0, 2.0]),
         buffers=st.booleans(),
-        remat=st.booleans(),
+        remat=st.sampled_from(["auto", "none", "full"]),
     ),
     st.just(MemoryForm(stashes=False, num_microbatches=3, keeps_all=True)),
 )
@@ -161,3 +164,37 @@ def test_one_level_equals_brute_force(found, levels, cost, memory, sizes, straig
 def test_two_levels_equal_brute_force(found, levels, cost, memory, sizes, straight, count, cuts):
     cuts = [(a, min(b, len(found) - 1)) for a, b in cuts if a < len(found)]
     check(found, levels, cost, memory, sizes, straight, count, cuts)
+
+
+def test_a_cut_may_be_too_wide_for_the_outer_level_only():
+    """Found by searching for a case in which the levels of a cut matter to what is kept."""
+    rows = [(7, 0, 64, 3, 4), (0, 8, 52, 0, 2), (0, 3, 65, 2, 4), (2, 9, 42, 3, 5)]
+    profile = Profile(tuple(LayerProfile(f"layer_{i}", *row) for i, row in enumerate(rows)))
+    topology = Topology((Level(2, 20.0), Level(2, 5.0)), (26,) * 4)
+    memory = MemoryForm(stashes=False, buffers=False, remat="none")
+    costs = Costs(profile, topology, CostForm(), memory)
+    best = fastest(costs)
+    assert best is not None
+    assert costs.plan_s(best) == pytest.approx(20.8)
+
+
+tables = st.lists(st.tuples(*(st.integers(0, 3) for _ in range(5))), min_size=1, max_size=40).map(
+    np.array
+)
+
+
+@settings(deadline=None)
+@given(tables)
+def test_what_is_worth_keeping(table):
+    """Against the rule, row by row."""
+    origin, first, demand, burden, levels = table.T
+    rows = make_rows(len(table), origin=origin, first=first, demand=demand)
+    rows[:, PARENT] = np.arange(len(table))
+    kept = {tuple(table[number]) for number in worth_keeping(rows, burden, levels)[:, PARENT]}
+    every = set(map(tuple, table.tolist()))
+
+    def beats(one, other):
+        no_worse = all(a <= b for a, b in zip(one[1:4], other[1:4], strict=True))
+        return one != other and one[0] == other[0] and no_worse and one[4] >= other[4]
+
+    assert kept == {row for row in every if not any(beats(other, row) for other in every)}

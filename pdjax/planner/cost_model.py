@@ -84,8 +84,9 @@ class MemoryForm:
         keeps_all: whether all microbatches of a minibatch are in flight together (GPipe).
         optimizer_bytes_per_param_byte: size of the optimizer state: 2 for Adam, 0 for plain SGD.
         buffers: whether buffers for what crosses the cuts are counted, one each way.
-        remat: whether a stage may keep only its input of each microbatch in flight, and repeat its
-            forward pass before the backward pass.
+        remat: whether stages keep only their input of each microbatch in flight, and repeat their
+            forward pass before the backward pass: ``"none"``, ``"full"`` (all of them), or
+            ``"auto"`` (those for which memory would not suffice).
     """
 
     stashes: bool = True
@@ -93,7 +94,7 @@ class MemoryForm:
     keeps_all: bool = False
     optimizer_bytes_per_param_byte: float = 2.0
     buffers: bool = True
-    remat: bool = True
+    remat: Literal["auto", "none", "full"] = "auto"
 
     def __post_init__(self) -> None:
         if self.keeps_all and self.num_microbatches is None:

@@ -6,15 +6,17 @@ Nothing here imports JAX.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from itertools import groupby, pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 from pdjax.planner.table import describe
 
+_MANY = 8  # stages alike that are written out
 FORMAT = 1
 """Version of the JSON form."""
 
@@ -50,6 +52,20 @@ class StageFigures:
     limit_bytes: float | None
     wire_bytes: float
 
+    def __post_init__(self) -> None:
+        workers = self.workers
+        if not workers or not all(map(_is_count, workers)) or len(set(workers)) < len(workers):
+            raise ValueError(
+                f"a stage has the workers {workers!r}; expected different numbers from 0 on."
+            )
+        for name in ("warm_up", "in_flight"):
+            if not _is_count(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number from 0 on.")
+        if self.remat not in ("none", "full"):
+            raise ValueError(f"remat is {self.remat!r}; expected 'none' or 'full'.")
+        _check_amounts(self, ("compute_s", "stage_s", "param_bytes", "stash_bytes", "peak_bytes"))
+        _check_amounts(self, ("wire_bytes",) + ("limit_bytes",) * (self.limit_bytes is not None))
+
 
 @dataclass(frozen=True)
 class Strategy:
@@ -70,6 +86,9 @@ class Strategy:
     wire_bytes: float
     peak_bytes: float
     fits: bool
+
+    def __post_init__(self) -> None:
+        _check_amounts(self, ("workers", "microbatch_s", "wire_bytes", "peak_bytes"))
 
     def renamed(self, name: str) -> Strategy:
         """The same under another name."""
@@ -100,6 +119,15 @@ class Prediction:
     chosen: Strategy
     others: tuple[Strategy, ...]
     advice: str
+
+    def __post_init__(self) -> None:
+        if not _is_count(self.num_microbatches) or self.num_microbatches < 1:
+            raise ValueError(f"num_microbatches is {self.num_microbatches!r}; expected at least 1.")
+        if self.batch_size is not None and not _is_count(self.batch_size):
+            raise ValueError(f"batch_size is {self.batch_size!r}; expected a number, or null.")
+        for name in ("schedule", "topology", "source", "advice"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a text.")
 
     @property
     def minibatch_s(self) -> float:
@@ -136,6 +164,10 @@ class Plan:
 
     def __post_init__(self) -> None:
         starts = self.first_layers
+        if not all(isinstance(name, str) for name in self.layers):
+            raise ValueError("layers has what is no text; expected the names of the layers.")
+        if not all(map(_is_count, starts)):
+            raise ValueError(f"first_layers is {list(starts)}; expected whole numbers.")
         ascending = all(a < b for a, b in pairwise(starts))
         if not starts or starts[0] != 0 or not ascending or starts[-1] >= len(self.layers):
             raise ValueError(
@@ -147,6 +179,11 @@ class Plan:
                 raise ValueError(
                     f"{len(given)} {name} for {len(starts)} stages; expected one for each, or none."
                 )
+        held = [worker for stage in self.stages for worker in stage.workers]
+        if len(set(held)) < len(held):
+            raise ValueError(f"a worker has two stages: the stages have the workers {held}.")
+        if not all(map(_is_amount, self.shares)):
+            raise ValueError(f"shares is {list(self.shares)}; expected numbers from 0 to 1.")
 
     @property
     def num_stages(self) -> int:
@@ -160,8 +197,16 @@ class Plan:
 
     @property
     def notation(self) -> str:
-        """The papers' short form: ``"15-1"`` for 15 replicas of one stage and 1 of the other."""
-        return "-".join(map(str, self.replicas))
+        """The papers' short form: ``"15-1"`` for 15 replicas of one stage and 1 of the other.
+
+        More than eight stages without replicas in a row are ``"1×9"``.
+        """
+        runs = [(each, len(list(same))) for each, same in groupby(self.replicas)]
+        parts = [
+            f"{each}×{count}" if count > _MANY else "-".join([str(each)] * count)
+            for each, count in runs
+        ]
+        return "-".join(parts)
 
     @property
     def remat(self) -> tuple[Literal["none", "full"], ...]:
@@ -217,14 +262,12 @@ class Plan:
             value: Any = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}, line {error.lineno}: {error.msg}.") from None
-        if not isinstance(value, dict) or "first_layers" not in value:
-            raise ValueError(f"{where}: no plan: it has no 'first_layers'.")
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: no plan, but {str(value)[:40]!r}.")
         if value.pop("format", None) != FORMAT:
             raise ValueError(f"{where}: expected format {FORMAT}; make the plan anew.")
         try:
             return _from_value(value)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{where}: no plan: {error}.") from None
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
 
@@ -249,16 +292,69 @@ class Plan:
         return cls.from_json(text, str(path))
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_amount(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 <= value < math.inf
+
+
+def _check_amounts(value: Any, names: Sequence[str]) -> None:
+    for name in names:
+        amount = getattr(value, name)
+        if not _is_amount(amount):
+            raise ValueError(
+                f"{name} is {amount!r}; expected a finite number that is not negative."
+            )
+
+
+# ---------------------------------------------------------------- from JSON
+
+
 def _from_value(value: dict[str, Any]) -> Plan:
-    stages = tuple(
-        StageFigures(**{**stage, "workers": tuple(stage["workers"])})
-        for stage in value.pop("stages", ())
+    found = _fields_of(Plan, value, "plan")
+    for name in ("layers", "first_layers", "shares"):
+        found[name] = _tuple(found.get(name, []), name)
+    found["stages"] = tuple(
+        _stage(stage, f"stage {number}")
+        for number, stage in enumerate(_tuple(found.get("stages", []), "stages"))
     )
-    prediction = value.pop("prediction", None)
-    if prediction is not None:
-        chosen = Strategy(**prediction.pop("chosen"))
-        others = tuple(Strategy(**other) for other in prediction.pop("others"))
-        prediction = Prediction(**prediction, chosen=chosen, others=others)
-    model = value.pop("model", "")
-    fields = {name: tuple(item) for name, item in value.items()}
-    return Plan(**fields, model=model, stages=stages, prediction=prediction)
+    if found.get("prediction") is not None:
+        found["prediction"] = _prediction(found["prediction"])
+    return Plan(**found)
+
+
+def _stage(value: Any, where: str) -> StageFigures:
+    found = _fields_of(StageFigures, value, where)
+    found["workers"] = _tuple(found["workers"], "workers")
+    return StageFigures(**found)
+
+
+def _prediction(value: Any) -> Prediction:
+    found = _fields_of(Prediction, value, "prediction")
+    found["chosen"] = Strategy(**_fields_of(Strategy, found["chosen"], "chosen"))
+    found["others"] = tuple(
+        Strategy(**_fields_of(Strategy, other, "others"))
+        for other in _tuple(found["others"], "others")
+    )
+    return Prediction(**found)
+
+
+def _tuple(value: Any, name: str) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"{name} is {value!r}; expected a list.")
+    return tuple(value)
+
+
+def _fields_of(kind: type[Any], value: Any, where: str) -> dict[str, Any]:
+    """The fields of a `kind`, all that it needs and no others."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is {value!r}; expected the fields of a {kind.__name__}.")
+    known = [field.name for field in fields(kind)]
+    missing = [f.name for f in fields(kind) if f.default is MISSING and f.name not in value]
+    unknown = [name for name in value if name not in known]
+    if missing or unknown:
+        raise ValueError(f"{where}: missing {missing}, unknown {unknown}; known are {known}.")
+    return dict(value)

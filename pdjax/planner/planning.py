@@ -5,7 +5,9 @@ Nothing here imports JAX.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -19,6 +21,8 @@ from pdjax.schedules import Algorithm, find_algorithm
 from pdjax.topology import Topology
 from pdjax.weights import peak_in_flight
 
+_MANY = 8  # units, above which not every smaller number is tried
+
 
 @dataclass(frozen=True)
 class PlanOptions:
@@ -29,7 +33,8 @@ class PlanOptions:
         num_microbatches: microbatches in a minibatch.
         num_stages: exactly how many stages; as many as are best if None.
         straight: whether to replicate nothing.
-        remat: whether stages may recompute their forward pass where memory is short.
+        remat: what the stages recompute: ``"none"``, ``"full"`` (their forward pass, all of them),
+            or ``"auto"`` (that, where memory would not suffice).
         optimizer_bytes_per_param_byte: size of the optimizer state: 2 for Adam, 0 for plain SGD.
         together: ranges of layers (first, last) that stay in one stage.
         overlap: whether computing and communicating overlap, so that the longer one counts.
@@ -40,7 +45,7 @@ class PlanOptions:
     num_microbatches: int = 1
     num_stages: int | None = None
     straight: bool = False
-    remat: bool = True
+    remat: Literal["auto", "none", "full"] = "auto"
     optimizer_bytes_per_param_byte: float = 2.0
     together: tuple[tuple[int, int], ...] = ()
     overlap: bool = True
@@ -57,6 +62,8 @@ class PlanOptions:
                 f"optimizer_bytes_per_param_byte={self.optimizer_bytes_per_param_byte}; expected "
                 "a number that is not negative, such as 2 for Adam."
             )
+        if self.remat not in ("auto", "none", "full"):
+            raise ValueError(f"remat={self.remat!r}; expected 'auto', 'none' or 'full'.")
         if self.sync not in ("ring", "paper", "original"):
             raise ValueError(f"sync={self.sync!r}; expected 'ring', 'paper' or 'original'.")
 
@@ -66,8 +73,9 @@ def plan_pipeline(profile: Profile, topology: Topology, options: PlanOptions | N
 
     Of all nested plans, with any replication and any number of workers up to all, the one whose
     slowest part takes the least time; see `pdjax.planner.cost_model` for what is charged. Under a
-    schedule that is flushed after each minibatch, filling and draining count, too: plans on fewer
-    workers are then compared with it.
+    schedule that is flushed after each minibatch, filling and draining count, too: that plan is
+    then compared with the best ones on fewer workers, with data parallelism and with one worker,
+    so that the answer is good, but not proved to be the best.
 
     Example:
         >>> from pdjax.profile import LayerProfile, Profile
@@ -111,11 +119,15 @@ def make_case(profile: Profile, topology: Topology, options: PlanOptions) -> Cas
     )
     together = (*options.together, *profile.inseparable, *(() if flushes else profile.tied))
     costs = Costs(profile, topology, cost, memory, together)
-    return Case(profile, costs, options.schedule, options.num_microbatches, flushes)
+    overlaps = not flushes or memory.num_microbatches != 1 or options.num_microbatches == 1
+    return Case(profile, costs, options.schedule, options.num_microbatches, flushes, overlaps)
 
 
 def memory_form(
-    algorithm: Algorithm, num_microbatches: int, optimizer_bytes: float, remat: bool
+    algorithm: Algorithm,
+    num_microbatches: int,
+    optimizer_bytes: float,
+    remat: Literal["auto", "none", "full"],
 ) -> MemoryForm:
     """What an algorithm keeps, found by counting what two stages of it have in flight."""
     sample = algorithm.order(2, 4 if algorithm.divides else 1)
@@ -164,27 +176,47 @@ def _check(case: Case, options: PlanOptions) -> None:
 
 
 def _best(case: Case, options: PlanOptions) -> tuple[Part, ...] | None:
-    costs, straight = case.costs, options.straight
-    best = fastest(costs, straight=straight, num_stages=options.num_stages)
-    if best is None or options.num_stages is not None or not case.flushes:
+    straight, num_stages = options.straight, options.num_stages
+    best = fastest(case.costs, straight=straight, num_stages=num_stages)
+    if best is None or not case.flushes:
         return best
-    return min([best, *_on_fewer_workers(case, straight)], key=case.microbatch_s)
+    found = [best]
+    for smaller in _fewer_workers(case.costs.topology):
+        if smaller.num_workers >= (num_stages or 1):
+            costs = case.on(smaller).costs
+            found.append(fastest(costs, straight=True, num_stages=num_stages) or best)
+            if not straight:
+                found.append(fastest(costs, num_stages=num_stages) or best)
+                found.append(_single_stage(costs, num_stages) or best)
+    return min(found, key=case.microbatch_s)
 
 
-def _on_fewer_workers(case: Case, straight: bool) -> list[tuple[Part, ...]]:
-    """The best plans on 1, 2, … workers of one level: a shorter pipeline fills sooner."""
-    topology = case.costs.topology
-    if len(topology.levels) > 1 or len(set(topology.memory_bytes)) > 1:
-        return []
-    found = []
-    for count in range(1, topology.num_workers):
-        smaller = replace(
-            topology,
-            levels=tuple(replace(level, num_units=count) for level in topology.levels),
-            memory_bytes=topology.memory_bytes[:count],
-        )
-        found.append(fastest(case.on(smaller).costs, straight=straight))
-    return [parts for parts in found if parts is not None]
+def _single_stage(costs: Costs, num_stages: int | None) -> tuple[Part, ...] | None:
+    return fastest(costs, num_stages=1) if num_stages in (None, 1) else None
+
+
+def _fewer_workers(topology: Topology) -> Iterator[Topology]:
+    """The topology, and parts of it: some units of the outermost level, some inside one unit."""
+    yield topology
+    if len(set(topology.memory_bytes)) > 1:
+        return
+    for level in reversed(range(len(topology.levels))):
+        for count in _fewer(topology.levels[level].num_units):
+            levels = tuple(
+                replace(
+                    each, num_units=1 if at > level else count if at == level else each.num_units
+                )
+                for at, each in enumerate(topology.levels)
+            )
+            smaller = replace(topology, levels=levels, memory_bytes=())
+            yield replace(smaller, memory_bytes=topology.memory_bytes[: smaller.num_workers])
+
+
+def _fewer(num_units: int) -> list[int]:
+    """Smaller numbers of units: all of them, or, if they are many, halves of halves."""
+    if num_units <= _MANY:
+        return list(range(1, num_units))
+    return [num_units >> by for by in range(1, num_units.bit_length())]
 
 
 def _as_plan(case: Case, parts: tuple[Part, ...], options: PlanOptions) -> Plan:

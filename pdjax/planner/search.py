@@ -130,6 +130,8 @@ def _bracket(tables: Tables, wish: Wish, known_s: float) -> tuple[float, tuple[P
 
 def _plain(costs: Costs, parts: tuple[Part, ...]) -> tuple[Part, ...]:
     """The plan without the repeated forward passes that memory does not ask for."""
+    if costs.memory.remat == "full":
+        return parts
     remat = {}
     for stage in costs.stages(parts):
         fits = costs.stage_bytes(replace(stage, remat=False)) <= costs.limit_bytes(stage.workers)

@@ -26,12 +26,11 @@ def explain_shortage(case: Case, straight: bool, num_stages: int | None) -> str:
         )
     excess, stage = _worst(costs, best)
     remedies = list(_remedies(case, straight, num_stages))
-    advice = "; or ".join(remedies) or "use workers with more memory, or a smaller model"
     return (
         f"no plan fits into the memory of {costs.topology}. The one that comes nearest "
-        f"({'-'.join(str(s.replicas) for s in costs.stages(best))}) lacks "
+        f"(of {len(costs.stages(best))} stages) lacks "
         f"{format_bytes(excess)}: {_breakdown(costs, stage)}. What would make it fit: "
-        f"{format_bytes(excess)} more on each worker; or {advice}."
+        f"{'; or '.join([f'{format_bytes(excess)} more on each worker', *remedies])}."
     )
 
 
@@ -46,15 +45,16 @@ def _excess(costs: Costs, stage: PlacedStage) -> float:
 
 
 def _breakdown(costs: Costs, stage: PlacedStage) -> str:
-    memory = costs.memory
+    memory, names = costs.memory, costs.profile.names
     copies = float(memory.param_copies(stage.warm_up))
     versions = copies - 1 - memory.optimizer_bytes_per_param_byte
     params = costs.params_of(stage)
     total = costs.stage_bytes(stage)
     rest = total - copies * params
     return (
-        f"the stage of layers {stage.first} to {stage.stop - 1} needs {format_bytes(total)} "
-        f"({versions:.0f} versions of {format_bytes(params)} of weights, "
+        f"the stage of layers {names[stage.first]!r} to {names[stage.stop - 1]!r} needs "
+        f"{format_bytes(total)} "
+        f"({versions:.0f} × {format_bytes(params)} of weights, "
         f"{format_bytes((1 + memory.optimizer_bytes_per_param_byte) * params)} of gradients and "
         f"optimizer state, {format_bytes(rest)} of stash and buffers for "
         f"{int(memory.in_flight(stage.warm_up))} in flight"
@@ -70,7 +70,9 @@ def _remedies(case: Case, straight: bool, num_stages: int | None) -> Iterator[st
     def helps(changed: Costs) -> bool:
         return fits(changed, straight=straight, num_stages=num_stages)
 
-    if not costs.memory.remat and helps(costs.changed(memory=replace(costs.memory, remat=True))):
+    if costs.memory.remat == "none" and helps(
+        costs.changed(memory=replace(costs.memory, remat="auto"))
+    ):
         yield "rematerialisation (let the planner choose it)"
     if costs.memory.stashes and helps(
         costs.changed(memory=replace(costs.memory, stashes=False, num_microbatches=1))

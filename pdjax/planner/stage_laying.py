@@ -60,11 +60,14 @@ class StageLaying:
         self.stop, self.widths, self.limit_bytes = rows[:, FIRST], widths, limit_bytes
         self.warm_up = -(-rows[:, DEMAND] // replicas)
         self.demand = replicas * (self.warm_up + 1) * (limit_bytes is not None)
-        remat = limit_bytes is not None and self.costs.memory.remat
-        self.lowest = {
-            again: self._lowest(first_in_time(again), again)
-            for again in ((False, True) if remat else (False,))
-        }
+        self.lowest = {again: self._lowest(first_in_time(again), again) for again in self._ways()}
+
+    def _ways(self) -> tuple[bool, ...]:
+        """Whether forward passes may be repeated."""
+        remat = self.costs.memory.remat
+        if remat == "auto":
+            return (False,) if self.limit_bytes is None else (False, True)
+        return (remat == "full",)
 
     def _lowest(self, in_time: np.ndarray, remat: bool) -> np.ndarray:
         """For each row a first layer before which the stage cannot begin."""
@@ -100,11 +103,9 @@ class StageLaying:
 
         That is where the cut is allowed on more levels, or leaves less to be kept in memory.
         """
-        first = self._first_fitting(False)
-        remat = np.zeros(len(first), bool)
-        if True in self.lowest:
-            other = self._first_fitting(True)
-            remat, first = other < first, np.minimum(first, other)
+        firsts = [self._first_fitting(remat) for remat in self.lowest]
+        first = np.minimum.reduce(firsts)
+        remat = first < firsts[0] if len(firsts) > 1 else np.full(len(first), True in self.lowest)
         index = np.arange(len(first))
         before, lightest = np.zeros_like(first), np.full_like(first, self.costs.num_layers + 1)
         while True:
@@ -130,9 +131,10 @@ class StageLaying:
         index, first = every_first(lowest, self.stop)
         allowed = num_levels(self.costs, first, self.widths[:, index]) > 0
         index, first = index[allowed], first[allowed]
-        plain = (first >= self.lowest[False][index]) & self._fits(index, first, False)
-        possible = plain
-        if True in self.lowest:
-            again = (first >= self.lowest[True][index]) & self._fits(index, first, True)
-            possible = plain | again
-        yield index[possible], first[possible], ~plain[possible]
+        able = {
+            remat: (first >= lowest[index]) & self._fits(index, first, remat)
+            for remat, lowest in self.lowest.items()
+        }
+        possible = np.logical_or.reduce(list(able.values()))
+        again = ~able[False] if False in able else possible
+        yield index[possible], first[possible], again[possible]

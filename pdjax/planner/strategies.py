@@ -5,7 +5,7 @@ Nothing here imports JAX.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pdjax.planner.cost_model import Costs, MemoryForm, Part, PlacedStage
@@ -16,7 +16,7 @@ from pdjax.profile import Profile
 from pdjax.topology import Topology
 
 _GPIPE_MICROBATCHES = 4  # for each stage: the paper finds the bubble negligible from there on
-_NOTEWORTHY = 1.02  # times as fast: less is not worth a sentence
+_NOTEWORTHY = 1.05  # times as fast: less is not worth a sentence
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Case:
         schedule: name of the algorithm.
         num_microbatches: microbatches in a minibatch.
         flushes: whether the pipeline is emptied after each minibatch.
+        overlaps: whether several microbatches are under way at once.
     """
 
     profile: Profile
@@ -36,18 +37,31 @@ class Case:
     schedule: str
     num_microbatches: int
     flushes: bool
+    overlaps: bool = True
 
     def on(self, topology: Topology) -> Case:
         """The same question for other machines."""
         return replace(self, costs=self.costs.changed(topology=topology))
 
     def microbatch_s(self, parts: tuple[Part, ...]) -> float:
-        """Seconds for each microbatch, with the filling and draining of a flushed pipeline."""
+        """Seconds for each microbatch, with the filling and draining of a flushed pipeline.
+
+        One microbatch goes through all stages; meanwhile the busiest replica, or link, has the
+        others of its share still to do. All-reduces set a limit of their own.
+        """
         slowest = self.costs.plan_s(parts)
         if not self.flushes:
             return slowest
         count = self.num_microbatches
-        return ((count - 1) * slowest + self.through_s(parts)) / count
+        if not self.overlaps:
+            return max(self.through_s(parts), slowest)
+        rest = [
+            (-(-count // stage.replicas) - 1)
+            * float(self.costs.work_s(stage.first, stage.stop, stage.remat))
+            for stage in self.costs.stages(parts)
+        ]
+        rest += [(count - 1) * cut for cut in self._cuts_s(parts)]
+        return max((self.through_s(parts) + max(rest)) / count, slowest)
 
     def through_s(self, parts: tuple[Part, ...]) -> float:
         """Seconds that one microbatch takes through all stages and back."""
@@ -55,7 +69,7 @@ class Case:
             float(self.costs.work_s(stage.first, stage.stop, stage.remat))
             for stage in self.costs.stages(parts)
         )
-        return max(work + sum(self._cuts_s(parts)), self.costs.plan_s(parts))
+        return work + sum(self._cuts_s(parts))
 
     def _cuts_s(self, parts: tuple[Part, ...], level: int | None = None) -> Iterator[float]:
         level = len(self.costs.topology.levels) - 1 if level is None else level
@@ -83,17 +97,20 @@ class Case:
         return each * self.costs.params_of(part) / part.replicas
 
 
-def strategy(case: Case, name: str, parts: tuple[Part, ...]) -> Strategy:
-    """What training by a plan takes."""
+def strategy(case: Case, name: str, parts: tuple[Part, ...], *, anywhere: bool = False) -> Strategy:
+    """What training by a plan takes; `anywhere` if its one worker may be any of them."""
     costs = case.costs
     stages = costs.stages(parts)
+    fits = costs.excess_bytes(parts) == 0
+    if anywhere and costs.topology.memory_bytes:
+        fits = costs.stage_bytes(stages[0]) <= max(costs.topology.memory_bytes)
     return Strategy(
         name=name,
         workers=sum(stage.replicas for stage in stages),
         microbatch_s=case.microbatch_s(parts),
         wire_bytes=sum(map(costs.wire_bytes, stages)),
         peak_bytes=max(map(costs.stage_bytes, stages)),
-        fits=costs.excess_bytes(parts) == 0,
+        fits=fits,
     )
 
 
@@ -131,18 +148,22 @@ def _synchronous(case: Case, num_microbatches: int, *, keeps_all: bool = False) 
 
 
 def _data_parallelism(case: Case) -> Strategy:
+    if case.flushes:  # the same minibatch, its microbatches shared out
+        shared = replace(_synchronous(case, case.num_microbatches), overlaps=True)
+        parts = _whole(shared, _top(shared), replicated=True)
+        return strategy(shared, "data parallelism", parts)
     alone = replace(_synchronous(case, 1), flushes=False)
-    parts = _whole(alone, _top(alone), replicated=True)
-    return strategy(alone, "data parallelism", parts)
+    return strategy(alone, "data parallelism", _whole(alone, _top(alone), replicated=True))
 
 
 def _single_worker(case: Case) -> Strategy:
     alone = replace(_synchronous(case, 1), flushes=False)
-    return strategy(alone, "one worker", _whole(alone, _top(alone), replicated=False))
+    parts = _whole(alone, _top(alone), replicated=False)
+    return strategy(alone, "one worker", parts, anywhere=True)
 
 
 def _model_parallelism(case: Case) -> Strategy:
-    one = replace(_synchronous(case, 1), flushes=True, num_microbatches=1)
+    one = replace(_synchronous(case, 1), flushes=True, num_microbatches=1, overlaps=True)
     parts = _straight_parts(one)
     return strategy(one, f"model parallelism, {len(one.costs.stages(parts))} stages", parts)
 
@@ -154,7 +175,10 @@ def _gpipe(case: Case) -> list[Strategy]:
     if count == 1:
         count = _GPIPE_MICROBATCHES * min(case.costs.topology.num_workers, case.costs.num_layers)
     several = replace(
-        _synchronous(case, count, keeps_all=True), flushes=True, num_microbatches=count
+        _synchronous(case, count, keeps_all=True),
+        flushes=True,
+        num_microbatches=count,
+        overlaps=True,
     )
     parts = _straight_parts(several)
     return [strategy(several, f"GPipe, {count} microbatches", parts)]
@@ -173,44 +197,66 @@ def _straight_parts(case: Case) -> tuple[Part, ...]:
 
 
 def advice(case: Case, plan: Plan, chosen: Strategy, others: tuple[Strategy, ...]) -> str:
-    """What to do, in a sentence; and another where memory forces stages to recompute."""
-    data_parallelism, alone = others[0], others[-1]
-    sentence = _use(plan, chosen, alone)
-    if plan.num_stages > 1:
-        sentence += _beside(chosen, data_parallelism)
-    return f"{sentence}.{_recomputing(case, plan)}"
+    """What to do, in a sentence; what limits the plan; and what memory forces stages to do."""
+    sentence = _use(plan, chosen, others[-1]) + _beside(chosen, others[:-1])
+    return f"{sentence}.{_limiting(case, plan, chosen)}{_recomputing(case, plan)}"
 
 
 def _use(plan: Plan, chosen: Strategy, alone: Strategy) -> str:
-    gain = _times_as_fast(chosen, alone)
     if chosen.workers == 1:
-        return "Use one worker: more of them would be no faster here"
+        return "Use one worker"
     if plan.num_stages == 1:
-        what = f"Use data parallelism on {chosen.workers} workers: no pipeline is faster here"
+        what = f"Use data parallelism on {chosen.workers} workers"
     elif chosen.workers == plan.num_stages:
         what = f"Use a straight pipeline of {plan.num_stages} stages"
     else:
         what = f"Use a pipeline of {plan.num_stages} stages with {plan.notation} replicas"
-    return f"{what} ({gain:.1f} times one worker)"
+    gain = _times_as_fast(chosen, alone)
+    if not alone.fits:
+        return f"{what} (the model does not fit on one worker)"
+    return f"{what} ({gain:.1f} times one worker)" if gain >= _NOTEWORTHY else what
+
+
+def _beside(chosen: Strategy, others: Sequence[Strategy]) -> str:
+    """How the plan compares with data parallelism, and with whatever is faster."""
+    text = ""
+    faster = [o for o in others if o.fits and _times_as_fast(o, chosen) >= _NOTEWORTHY]
+    if faster:
+        best = min(faster, key=lambda other: other.microbatch_s)
+        text = f"; {best.name} would be {_times_as_fast(best, chosen):.1f} times as fast"
+    if chosen.workers == 1:
+        return text or ": more of them would be no faster here"
+    other = others[0]
+    if (
+        other.workers == chosen.workers and other.wire_bytes == chosen.wire_bytes
+    ) or other in faster:
+        return text
+    if not other.fits:
+        return f"; data parallelism does not fit into memory{text}"
+    gain = _times_as_fast(chosen, other)
+    if gain < _NOTEWORTHY:
+        return f"; data parallelism would be about as fast{text}"
+    compared = f": {gain:.1f} times as fast as data parallelism"
+    if chosen.wire_bytes and other.wire_bytes > _NOTEWORTHY * chosen.wire_bytes:
+        compared += f", with {1 - chosen.wire_bytes / other.wire_bytes:.0%} fewer bytes sent"
+    return compared + text
+
+
+def _limiting(case: Case, plan: Plan, chosen: Strategy) -> str:
+    """Says so if a link, and no worker, decides how fast the plan is."""
+    busiest = max(stage.stage_s for stage in plan.stages)
+    slowest = chosen.microbatch_s
+    if case.flushes or slowest <= busiest * _NOTEWORTHY:
+        return ""
+    return (
+        f" A link limits it: what crosses a cut takes {format_seconds(slowest)}, the busiest stage "
+        f"{format_seconds(busiest)}."
+    )
 
 
 def _times_as_fast(one: Strategy, other: Strategy) -> float:
     """How many times as fast `one` is; 1 where a model takes no time at all."""
     return other.microbatch_s / one.microbatch_s if one.microbatch_s else 1.0
-
-
-def _beside(chosen: Strategy, other: Strategy) -> str:
-    if not other.fits:
-        return "; data parallelism does not fit into memory"
-    gain = _times_as_fast(chosen, other)
-    if gain < 1 / _NOTEWORTHY:
-        return f"; data parallelism would be {1 / gain:.1f} times as fast"
-    if gain < _NOTEWORTHY:
-        return "; data parallelism would be as fast"
-    text = f": {gain:.1f} times as fast as data parallelism"
-    if chosen.wire_bytes and other.wire_bytes > _NOTEWORTHY * chosen.wire_bytes:
-        text += f", with {1 - chosen.wire_bytes / other.wire_bytes:.0%} fewer bytes sent"
-    return text
 
 
 def _recomputing(case: Case, plan: Plan) -> str:

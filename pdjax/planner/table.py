@@ -91,7 +91,8 @@ def _runs(workers: Sequence[int]) -> str:
 def _strategy_rows(prediction: Prediction) -> list[list[str]]:
     size = prediction.batch_size
     per = "sent/microbatch" if size is None else "sent/example"
-    rows = [["", "workers", "minibatch", "examples/s", per, "peak", ""]]
+    each = "microbatch" if prediction.num_microbatches == 1 else "minibatch"
+    rows = [["", "workers", each, "examples/s", per, "peak", ""]]
     for strategy in (prediction.chosen, *prediction.others):
         rows.append(_strategy_row(strategy, prediction))
     return rows

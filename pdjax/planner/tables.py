@@ -101,7 +101,7 @@ def _burden_rank(costs: Costs) -> np.ndarray:
     and buffers for the cut. The fewer layers, the less; but the cut may be wide.
     """
     memory = costs.memory
-    times = 1 if memory.remat else memory.in_flight(0)
+    times = memory.in_flight(0) if memory.remat == "none" else 1
     burden = memory.param_copies(0) * costs.param_bytes + times * costs.stash_bytes
     if memory.buffers:
         burden = burden + 2 * costs.width_bytes
