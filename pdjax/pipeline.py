@@ -137,7 +137,8 @@ class Pipeline:
             ``"pipedream"``), or a `Schedule`.
         num_stages: number of stages; if not given, what the plan says.
         num_microbatches: how many microbatches a minibatch is divided into; if not given, 1 for
-            ``"pipedream"``, else as many as divide it evenly, up to four for each stage.
+            ``"pipedream"``, else as many as divide it evenly, up to four for each stage, or, where
+            the planner chooses their number, for each device.
         devices: where the stages are placed, one each, as devices or shardings; `jax.devices()`
             if not given.
         plan: where the model is cut. ``"auto"``, what is done if it is not given: the layers are
@@ -330,6 +331,9 @@ class Pipeline:
         self, params: Any, batch: Any, *, model_state: Any = None, rng: Any = None
     ) -> Profile:
         """Measures the layers of the model on the first device, to plan for any machines.
+
+        A profile of the same model and shapes that was kept (see `plan` in `Pipeline`) is returned
+        as it is; `pdjax.profiler.measure` always measures.
 
         Example:
             >>> import jax.numpy as jnp, optax, pdjax
