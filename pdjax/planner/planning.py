@@ -21,7 +21,7 @@ from pdjax.schedules import Algorithm, find_algorithm
 from pdjax.topology import Topology
 from pdjax.weights import peak_in_flight
 
-_MANY = 8  # units, above which not every smaller number is tried
+_MANY = 8  # units, on one level, above which not every smaller number is tried
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,8 @@ def _fewer_workers(topology: Topology) -> Iterator[Topology]:
     if len(set(topology.memory_bytes)) > 1:
         return
     for level in reversed(range(len(topology.levels))):
-        for count in _fewer(topology.levels[level].num_units):
+        most = _MANY // len(topology.levels)
+        for count in _fewer(topology.levels[level].num_units, most):
             levels = tuple(
                 replace(
                     each, num_units=1 if at > level else count if at == level else each.num_units
@@ -212,9 +213,9 @@ def _fewer_workers(topology: Topology) -> Iterator[Topology]:
             yield replace(smaller, memory_bytes=topology.memory_bytes[: smaller.num_workers])
 
 
-def _fewer(num_units: int) -> list[int]:
+def _fewer(num_units: int, many: int) -> list[int]:
     """Smaller numbers of units: all of them, or, if they are many, halves of halves."""
-    if num_units <= _MANY:
+    if num_units <= many:
         return list(range(1, num_units))
     return [num_units >> by for by in range(1, num_units.bit_length())]
 
