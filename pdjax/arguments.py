@@ -72,8 +72,9 @@ def read_plan(
 
 
 def _read_names(plan: Any) -> tuple[str, ...]:
-    names = tuple(plan) if isinstance(plan, (list, tuple)) else ()
-    if not names or not all(isinstance(name, str) for name in names):
+    """The names of the layers that begin stages; of none if there is one stage."""
+    names = tuple(plan) if isinstance(plan, (list, tuple)) else (plan,)
+    if not all(isinstance(name, str) for name in names):
         raise ValueError(
             f"plan={plan!r}; expected 'auto', 'balanced', a Plan, the path of a .json file, or a "
             "list of names."
