@@ -6,16 +6,15 @@ Nothing here imports JAX.
 from __future__ import annotations
 
 import json
-import math
-import numbers
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from pdjax.errors import PdjaxWarning
+from pdjax.records import check_fields, is_amount, is_count, read_object
 
 FORMAT = 1
 """Version of the JSON form."""
@@ -55,7 +54,7 @@ class LayerProfile:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "name" and not _is_amount(value):
+            if field.name != "name" and not is_amount(value):
                 raise ValueError(
                     f"layer {self.name!r}: {field.name} is {value!r}; expected a finite number "
                     "that is not negative."
@@ -183,17 +182,12 @@ class Profile:
         Raises:
             ValueError: if it is no profile, or was written by a newer pdjax.
         """
-        try:
-            value: Any = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}, line {error.lineno}: {error.msg}.") from None
-        if not isinstance(value, dict) or not isinstance(value.get("layers"), list):
+        value = read_object(text, where, what="profile", version=FORMAT)
+        if not isinstance(value.get("layers"), list):
             raise ValueError(f"{where}: no profile: it has no list 'layers'.")
-        if value.pop("format", None) != FORMAT:
-            raise ValueError(f"{where}: expected format {FORMAT}; make the profile anew.")
-        _check_fields(cls, value, where)
+        check_fields(cls, value, where)
         for number, layer in enumerate(value["layers"], 1):
-            _check_fields(LayerProfile, layer, f"{where}, layer {number}")
+            check_fields(LayerProfile, layer, f"{where}, layer {number}")
         try:
             layers = tuple(LayerProfile(**layer) for layer in value.pop("layers"))
             for field in ("inseparable", "tied"):
@@ -205,8 +199,7 @@ class Profile:
 
 def check_batch_size(batch_size: Any) -> None:
     """Raises ValueError unless `batch_size` is a whole number of at least 1."""
-    whole = isinstance(batch_size, numbers.Integral) and not isinstance(batch_size, bool)
-    if not whole or batch_size < 1:
+    if not is_count(batch_size) or batch_size < 1:
         raise ValueError(f"batch_size is {batch_size!r}; expected a whole number of at least 1.")
 
 
@@ -214,21 +207,3 @@ def _is_range(pair: Any, num_layers: int) -> bool:
     if not isinstance(pair, tuple) or len(pair) != 2:
         return False
     return all(isinstance(at, int) for at in pair) and 0 <= pair[0] <= pair[1] < num_layers
-
-
-def _is_amount(value: Any) -> bool:
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return is_number and 0 <= float(value) < math.inf
-
-
-def _check_fields(kind: type[Any], value: Any, where: str) -> None:
-    """Raises ValueError unless `value` has the fields that `kind` needs and no others."""
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{where}: {value!r}; expected the fields of a {kind.__name__}.")
-    known = [field.name for field in fields(kind)]
-    missing = [f.name for f in fields(kind) if f.default is MISSING and f.name not in value]
-    unknown = [name for name in value if name not in known]
-    if missing:
-        raise ValueError(f"{where}: missing {', '.join(missing)}.")
-    if unknown:
-        raise ValueError(f"{where}: unknown {', '.join(unknown)}; known are {', '.join(known)}.")

@@ -25,3 +25,18 @@ def planned_without_a_clock(monkeypatch):
     Tests of what users get by default say ``plan="auto"``.
     """
     monkeypatch.setattr(arguments, "DEFAULT_PLAN", "balanced")
+
+
+@pytest.fixture
+def compilations():
+    """Counts the programs that XLA is asked to compile."""
+    counted: list[str] = []
+    active = [True]
+
+    def listen(event: str, **_: object) -> None:
+        if active[0] and event.endswith("compile_requests_use_cache"):
+            counted.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    yield counted
+    active[0] = False

@@ -27,21 +27,6 @@ def make(case: zoo.Case | None = None, **options: Any) -> tuple[pdjax.Pipeline, 
     return pipe, pipe.init(case.params, batch, rng=KEY), batch
 
 
-@pytest.fixture
-def compilations():
-    """Counts the programs that XLA is asked to compile."""
-    counted: list[str] = []
-    active = [True]
-
-    def listen(event: str, **_: Any) -> None:
-        if active[0] and event.endswith("compile_requests_use_cache"):
-            counted.append(event)
-
-    jax.monitoring.register_event_listener(listen)
-    yield counted
-    active[0] = False
-
-
 # ---------------------------------------------------------------- steps
 
 

@@ -350,16 +350,16 @@ def test_a_plan_survives_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda value: value.pop("first_layers"), "plan.json: plan: missing .'first_layers'"),
+        (lambda value: value.pop("first_layers"), "plan.json: plan: missing first_layers"),
         (lambda value: value.update(format=99), "plan.json: expected format 1"),
         (lambda value: value.update(first_layers=[0, 9]), "plan.json: stages begin at layers"),
         (
             lambda value: value["stages"][0].pop("warm_up"),
-            r"plan.json: stage 0: missing \['warm_up'\]",
+            r"plan.json: stage 0: missing warm_up\.",
         ),
         (
             lambda value: value.update(more=[1]),
-            r"plan.json: plan: missing \[\], unknown \['more'\]",
+            r"plan.json: plan: unknown more; known are layers",
         ),
         (lambda value: value["stages"].pop(), "plan.json: 3 stages for 4"),
         (lambda value: value["stages"][1].update(workers=[0]), "a worker has two stages"),
@@ -374,7 +374,7 @@ def test_a_plan_survives_a_file(tmp_path):
         (lambda value: value.update(first_layers=[0, 1.5]), "expected whole numbers"),
         (lambda value: value.update(layers=[1] * 8), "expected the names of the layers"),
         (lambda value: value["prediction"].update(num_microbatches="4"), "num_microbatches is '4'"),
-        (lambda value: value["prediction"]["chosen"].pop("fits"), "chosen: missing"),
+        (lambda value: value["prediction"]["chosen"].pop("fits"), "chosen: missing fits"),
     ],
 )
 def test_files_that_are_no_plan(tmp_path, change, message):

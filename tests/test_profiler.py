@@ -50,21 +50,6 @@ def quick(graph: LayerGraph, **options: Any) -> Profile:
     return measure(graph, **{"batch_size": 2, "repeats": 1, **options})
 
 
-@pytest.fixture
-def compilations():
-    """Counts the programs that XLA is asked to compile."""
-    counted: list[str] = []
-    active = [True]
-
-    def listen(event: str, **_: Any) -> None:
-        if active[0] and event.endswith("compile_requests_use_cache"):
-            counted.append(event)
-
-    jax.monitoring.register_event_listener(listen)
-    yield counted
-    active[0] = False
-
-
 # ---------------------------------------------------------------- equal layers
 
 

@@ -26,6 +26,7 @@ WITHOUT_JAX = [
     "pdjax.planner.search",
     "pdjax.planner.planning",
     "pdjax.profile",
+    "pdjax.records",
     "pdjax.profile_files",
     "pdjax.rates",
     "pdjax.graph_txt",

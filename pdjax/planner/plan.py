@@ -6,15 +6,15 @@ Nothing here imports JAX.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from itertools import groupby, pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 from pdjax.planner.table import describe
+from pdjax.records import check_fields, is_amount, is_count, read_object
 
 _MANY = 8  # stages alike that are written out
 FORMAT = 1
@@ -54,17 +54,19 @@ class StageFigures:
 
     def __post_init__(self) -> None:
         workers = self.workers
-        if not workers or not all(map(_is_count, workers)) or len(set(workers)) < len(workers):
+        if not workers or not all(map(is_count, workers)) or len(set(workers)) < len(workers):
             raise ValueError(
                 f"a stage has the workers {workers!r}; expected different numbers from 0 on."
             )
         for name in ("warm_up", "in_flight"):
-            if not _is_count(getattr(self, name)):
+            if not is_count(getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number from 0 on.")
         if self.remat not in ("none", "full"):
             raise ValueError(f"remat is {self.remat!r}; expected 'none' or 'full'.")
         _check_amounts(self, ("compute_s", "stage_s", "param_bytes", "stash_bytes", "peak_bytes"))
-        _check_amounts(self, ("wire_bytes",) + ("limit_bytes",) * (self.limit_bytes is not None))
+        _check_amounts(self, ("wire_bytes",))
+        if self.limit_bytes is not None:
+            _check_amounts(self, ("limit_bytes",))
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,6 @@ class Strategy:
 
     def __post_init__(self) -> None:
         _check_amounts(self, ("workers", "microbatch_s", "wire_bytes", "peak_bytes"))
-
-    def renamed(self, name: str) -> Strategy:
-        """The same under another name."""
-        return replace(self, name=name)
 
 
 @dataclass(frozen=True)
@@ -121,9 +119,9 @@ class Prediction:
     advice: str
 
     def __post_init__(self) -> None:
-        if not _is_count(self.num_microbatches) or self.num_microbatches < 1:
+        if not is_count(self.num_microbatches) or self.num_microbatches < 1:
             raise ValueError(f"num_microbatches is {self.num_microbatches!r}; expected at least 1.")
-        if self.batch_size is not None and not _is_count(self.batch_size):
+        if self.batch_size is not None and not is_count(self.batch_size):
             raise ValueError(f"batch_size is {self.batch_size!r}; expected a number, or null.")
         for name in ("schedule", "topology", "source", "advice"):
             if not isinstance(getattr(self, name), str):
@@ -133,11 +131,6 @@ class Prediction:
     def minibatch_s(self) -> float:
         """Predicted seconds for each minibatch."""
         return self.chosen.microbatch_s * self.num_microbatches
-
-    @property
-    def examples_per_s(self) -> float | None:
-        """Predicted throughput; None if the batch size is unknown."""
-        return None if self.batch_size is None else self.batch_size / self.chosen.microbatch_s
 
 
 @dataclass(frozen=True)
@@ -166,7 +159,7 @@ class Plan:
         starts = self.first_layers
         if not all(isinstance(name, str) for name in self.layers):
             raise ValueError("layers has what is no text; expected the names of the layers.")
-        if not all(map(_is_count, starts)):
+        if not all(map(is_count, starts)):
             raise ValueError(f"first_layers is {list(starts)}; expected whole numbers.")
         ascending = all(a < b for a, b in pairwise(starts))
         if not starts or starts[0] != 0 or not ascending or starts[-1] >= len(self.layers):
@@ -182,7 +175,7 @@ class Plan:
         held = [worker for stage in self.stages for worker in stage.workers]
         if len(set(held)) < len(held):
             raise ValueError(f"a worker has two stages: the stages have the workers {held}.")
-        if not all(map(_is_amount, self.shares)):
+        if not all(map(is_amount, self.shares)):
             raise ValueError(f"shares is {list(self.shares)}; expected numbers from 0 to 1.")
 
     @property
@@ -234,10 +227,6 @@ class Plan:
             for wanted in range(self.num_stages)
         )
 
-    def with_prediction(self, prediction: Prediction) -> Plan:
-        """The plan with what is predicted for it."""
-        return replace(self, prediction=prediction)
-
     def __str__(self) -> str:
         return describe(self)
 
@@ -258,14 +247,7 @@ class Plan:
         Raises:
             ValueError: if it is no plan, or was written by another version of pdjax.
         """
-        try:
-            value: Any = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}, line {error.lineno}: {error.msg}.") from None
-        if not isinstance(value, dict):
-            raise ValueError(f"{where}: no plan, but {str(value)[:40]!r}.")
-        if value.pop("format", None) != FORMAT:
-            raise ValueError(f"{where}: expected format {FORMAT}; make the plan anew.")
+        value = read_object(text, where, what="plan", version=FORMAT)
         try:
             return _from_value(value)
         except ValueError as error:
@@ -292,19 +274,10 @@ class Plan:
         return cls.from_json(text, str(path))
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_amount(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and 0 <= value < math.inf
-
-
 def _check_amounts(value: Any, names: Sequence[str]) -> None:
     for name in names:
         amount = getattr(value, name)
-        if not _is_amount(amount):
+        if not is_amount(amount):
             raise ValueError(
                 f"{name} is {amount!r}; expected a finite number that is not negative."
             )
@@ -349,12 +322,5 @@ def _tuple(value: Any, name: str) -> tuple[Any, ...]:
 
 
 def _fields_of(kind: type[Any], value: Any, where: str) -> dict[str, Any]:
-    """The fields of a `kind`, all that it needs and no others."""
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is {value!r}; expected the fields of a {kind.__name__}.")
-    known = [field.name for field in fields(kind)]
-    missing = [f.name for f in fields(kind) if f.default is MISSING and f.name not in value]
-    unknown = [name for name in value if name not in known]
-    if missing or unknown:
-        raise ValueError(f"{where}: missing {missing}, unknown {unknown}; known are {known}.")
+    check_fields(kind, value, where)
     return dict(value)

@@ -224,7 +224,6 @@ def _as_plan(case: Case, parts: tuple[Part, ...], options: PlanOptions) -> Plan:
     stages = case.costs.stages(parts)
     total = sum(case.costs.work_s(stage.first, stage.stop, stage.remat) for stage in stages)
     figures = tuple(_figures(case, parts, stage) for stage in stages)
-    chosen = strategy(case, "", parts)
     others = alternatives(case)
     plan = Plan(
         layers=case.profile.names,
@@ -233,7 +232,7 @@ def _as_plan(case: Case, parts: tuple[Part, ...], options: PlanOptions) -> Plan:
         model=case.profile.model,
         stages=figures,
     )
-    chosen = chosen.renamed(f"this plan, {plan.notation}")
+    chosen = strategy(case, f"this plan, {plan.notation}", parts)
     prediction = Prediction(
         schedule=case.schedule,
         topology=str(case.costs.topology),
@@ -244,7 +243,7 @@ def _as_plan(case: Case, parts: tuple[Part, ...], options: PlanOptions) -> Plan:
         others=others,
         advice=advice(case, plan, chosen, others),
     )
-    return plan.with_prediction(prediction)
+    return replace(plan, prediction=prediction)
 
 
 def _figures(case: Case, parts: tuple[Part, ...], stage: PlacedStage) -> StageFigures:
