@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 import jax
 
 from pdjax import jaxprs
-from pdjax.bandwidth import ALONE_BYTES_PER_S, measure_bandwidth
 from pdjax.bookkeeping import inseparable_by_state, inseparable_by_ties
 from pdjax.graph import LayerGraph, model_fingerprint
+from pdjax.links import ALONE_BYTES_PER_S, measure_bandwidth
 from pdjax.planner import Plan, PlanOptions, plan_pipeline
 from pdjax.planner.cuts import check_enough_layers
 from pdjax.profile import FORMAT, Profile

@@ -28,12 +28,10 @@ _BATCH_SIZE = 32
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 2 for arguments that make no sense."""
     config = tyro.cli(PlanConfig, args=arguments, prog="python -m pdjax.plan")
-    console, errors = (
-        Console(stderr=err, highlight=False, soft_wrap=True) for err in (False, True)
-    )
     try:
-        plan_model(config, console)
+        plan_model(config, Console(highlight=False, soft_wrap=True))
     except (ValueError, OSError) as error:
+        errors = Console(stderr=True, highlight=False, soft_wrap=True)
         errors.print(f"error: {error}", style="red", markup=False)
         return 2
     return 0

@@ -104,7 +104,7 @@ class Topology:
         Args:
             devices: the workers, in order; all local devices if not given.
             bandwidth_bytes_per_s: of their links; measured if not given, which takes about a
-                second (see `pdjax.bandwidth.measure_bandwidth`).
+                second (see `pdjax.links.measure_bandwidth`).
 
         Returns:
             One level. It has the memory that the devices may use where all of them tell; else
@@ -115,7 +115,7 @@ class Topology:
         """
         import jax
 
-        from pdjax.bandwidth import measure_bandwidth
+        from pdjax.links import measure_bandwidth
 
         devices = jax.local_devices() if devices is None else list(devices)
         if bandwidth_bytes_per_s is None:

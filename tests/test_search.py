@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pdjax.planner import cost_model, tables
 from pdjax.planner.cost_model import CostForm, Costs, MemoryForm, Part
 from pdjax.planner.frontier import PARENT, make_rows, worth_keeping
 from pdjax.planner.search import fastest
@@ -101,6 +103,13 @@ def check(profile_layers, levels, cost, memory, shares, straight=False, num_stag
     assert best is not None
     assert allowed(costs, best, num_stages)
     assert costs.plan_s(best) == pytest.approx(min(fitting), rel=1e-8)
+    if memory.remat == "auto":
+        assert not any(stage.remat and fits_without(costs, stage) for stage in costs.stages(best))
+
+
+def fits_without(costs, stage):
+    plain = replace(stage, remat=False)
+    return costs.stage_bytes(plain) <= costs.limit_bytes(stage.workers)
 
 
 def allowed(costs, parts, num_stages):
@@ -132,7 +141,6 @@ memory_forms = st.one_of(
         stashes=st.booleans(),
         num_microbatches=st.sampled_from([None, 2, 8]),
         optimizer_bytes_per_param_byte=st.sampled_from([0.0, 2.0]),
-        buffers=st.booleans(),
         remat=st.sampled_from(["auto", "none", "full"]),
     ),
     st.just(MemoryForm(stashes=False, num_microbatches=3, keeps_all=True)),
@@ -166,25 +174,65 @@ def test_two_levels_equal_brute_force(found, levels, cost, memory, sizes, straig
     check(found, levels, cost, memory, sizes, straight, count, cuts)
 
 
-def test_a_cut_may_be_too_wide_for_the_outer_level_only():
+@pytest.mark.parametrize("num_workers", [2, 4, 5, 20])
+def test_equal_layers_divide_evenly(num_workers):
+    """Nothing is left over in such a plan: each worker is busy all the time."""
+    profile = Profile((LayerProfile("layer", 1.0, 2.0, 0.0, 1.0),) * 20)
+    topology = Topology.uniform(num_workers, 1e9)
+    costs = Costs(profile, topology, CostForm(), MemoryForm())
+    best = fastest(costs, straight=True)
+    assert best is not None
+    assert costs.plan_s(best) == pytest.approx(60 / num_workers)
+
+
+def test_of_equally_fast_plans_a_straight_one_that_sends_less_is_taken():
+    profile = Profile((LayerProfile("layer", 1.0, 1.0, 4.0, 8.0),) * 4)
+    costs = Costs(profile, Topology.uniform(4, 100.0), CostForm(), MemoryForm())
+    best = fastest(costs)
+    assert best is not None
+    assert [part.replicas for part in best] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("narrow", "firsts"),
+    [((4,), (0, 1, 4, 6)), ((3, 6), (0, 1, 3, 6)), ((3, 7), (0, 1, 4, 7))],
+)
+def test_cuts_fall_where_few_bytes_cross_if_that_takes_no_longer(narrow, firsts):
+    """The first layer sets the time to 3 s; the others, of 1 s each, have room for one more.
+
+    Cutting before 3 and before 7 would send the least, but take 4 s between them.
+    """
+    widths = [0.0 if at + 1 in narrow else 9.0 + at for at in range(9)]
+    seconds = [3.0] + [1.0] * 8
+    rows = zip(seconds, widths, strict=True)
+    layers = tuple(LayerProfile("layer", s, 0.0, w, 0.0) for s, w in rows)
+    costs = Costs(Profile(layers), Topology.uniform(4, 100.0), CostForm(), MemoryForm())
+    best = fastest(costs, straight=True, num_stages=4)
+    assert best is not None
+    assert costs.plan_s(best) == 3.0
+    assert tuple(part.first for part in best) == firsts
+
+
+def test_a_cut_may_be_too_wide_for_the_outer_level_only(monkeypatch):
     """Found by searching for a case in which the levels of a cut matter to what is kept."""
     rows = [(7, 0, 64, 3, 4), (0, 8, 52, 0, 2), (0, 3, 65, 2, 4), (2, 9, 42, 3, 5)]
     profile = Profile(tuple(LayerProfile(f"layer_{i}", *row) for i, row in enumerate(rows)))
     topology = Topology((Level(2, 20.0), Level(2, 5.0)), (26,) * 4)
-    memory = MemoryForm(stashes=False, buffers=False, remat="none")
+    for module in (cost_model, tables):
+        monkeypatch.setattr(module, "BUFFERS", 0)
+    memory = MemoryForm(stashes=False, remat="none")
     costs = Costs(profile, topology, CostForm(), memory)
     best = fastest(costs)
     assert best is not None
     assert costs.plan_s(best) == pytest.approx(20.8)
 
 
-tables = st.lists(st.tuples(*(st.integers(0, 3) for _ in range(5))), min_size=1, max_size=40).map(
-    np.array
-)
+one_row = st.tuples(*(st.integers(0, 3) for _ in range(5)))
+row_tables = st.lists(one_row, min_size=1, max_size=40).map(np.array)
 
 
 @settings(deadline=None)
-@given(tables)
+@given(row_tables)
 def test_what_is_worth_keeping(table):
     """Against the rule, row by row."""
     origin, first, demand, burden, levels = table.T

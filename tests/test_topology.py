@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdjax import bandwidth
+from pdjax import bandwidth, links
 from pdjax.topology import Level, Topology, format_bytes
 
 GIB = 2**30
@@ -75,7 +75,7 @@ def test_sizes_for_people():
 
 
 def test_the_local_devices_are_the_workers(monkeypatch):
-    monkeypatch.setattr(bandwidth, "measure_bandwidth", lambda devices: 1e9 * len(devices))
+    monkeypatch.setattr(links, "measure_bandwidth", lambda devices: 1e9 * len(devices))
     assert Topology.local() == Topology.uniform(4, 4e9)
     assert Topology.local(jax.devices()[:2]) == Topology.uniform(2, 2e9)
     assert Topology.local(jax.devices()[:2], bandwidth_bytes_per_s=5.0).levels[0] == Level(2, 5.0)
@@ -100,8 +100,8 @@ def test_bandwidth_is_bytes_over_seconds_without_the_first_turn(monkeypatch):
         start = times[-1] if times else 0.0
         times += [start, start + (60.0 if number < 6 else float(pair))]
     clock = iter(times)
-    monkeypatch.setattr(bandwidth.time, "perf_counter", lambda: next(clock))
-    rates = bandwidth.measure_pairs(jax.devices()[:3], num_bytes=60, repeats=1)
+    monkeypatch.setattr(links.time, "perf_counter", lambda: next(clock))
+    rates = links.measure_pairs(jax.devices()[:3], num_bytes=60, repeats=1)
     assert rates == {
         (0, 1): 60.0,
         (0, 2): 30.0,
@@ -111,19 +111,19 @@ def test_bandwidth_is_bytes_over_seconds_without_the_first_turn(monkeypatch):
         (2, 1): 10.0,
     }
     clock = iter(times)
-    assert bandwidth.measure_bandwidth(jax.devices()[:3], 60, 1) == 17.5
+    assert links.measure_bandwidth(jax.devices()[:3], 60, 1) == 17.5
 
 
 def test_bandwidth_of_too_few_devices():
-    assert bandwidth.measure_bandwidth(jax.devices()[:1]) == bandwidth.ALONE_BYTES_PER_S
+    assert links.measure_bandwidth(jax.devices()[:1]) == links.ALONE_BYTES_PER_S
     with pytest.raises(ValueError, match="no devices"):
-        bandwidth.measure_bandwidth([])
+        links.measure_bandwidth([])
     with pytest.raises(ValueError, match="no devices"):
         Topology.local([])
     with pytest.raises(ValueError, match="there is one process"):
-        bandwidth.measure_between_processes()
+        links.measure_between_processes()
     with pytest.raises(ValueError, match="belongs to process 7, this is process 0"):
-        bandwidth.measure_bandwidth([SimpleNamespace(process_index=7)])
+        links.measure_bandwidth([SimpleNamespace(process_index=7)])
 
 
 def test_the_command_prints_a_table_and_a_topology(capsys):

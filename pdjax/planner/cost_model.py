@@ -26,6 +26,9 @@ import numpy as np
 from pdjax.profile import Profile
 from pdjax.topology import Topology
 
+BUFFERS = 2
+"""How many buffers a worker has for what crosses each of its cuts: one each way."""
+
 Sync = Literal["ring", "paper", "original"]
 """Bytes that an all-reduce over m replicas sends for each byte of parameters: ``"ring"``
 2 (m - 1) / m, ``"paper"`` 2 (m - 1) (the formula of SOSP 2019), ``"original"`` 4 (m - 1) / m (what
@@ -66,10 +69,10 @@ class CostForm:
         rounds = np.maximum(1.0, (self.num_microbatches or 0) / (m * outer_replicas))
         return factor[self.sync] / bandwidth_bytes_per_s / rounds
 
-    def stage_s(self, inner_s: float, sync_s: float, num_replicas: int) -> float:
-        """Seconds for each microbatch of what takes `inner_s` on one of its replicas."""
-        together = max(inner_s, sync_s) if self.overlap else inner_s + sync_s
-        return float(together / num_replicas)
+    def stage_s(self, inner_s: Any, sync_s: Any, num_replicas: Any) -> Any:
+        """Seconds for each microbatch of what takes `inner_s` on one of its replicas; or arrays."""
+        together = np.maximum(inner_s, sync_s) if self.overlap else inner_s + sync_s
+        return together / num_replicas
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,6 @@ class MemoryForm:
             ever in flight; None if it never is.
         keeps_all: whether all microbatches of a minibatch are in flight together (GPipe).
         optimizer_bytes_per_param_byte: size of the optimizer state: 2 for Adam, 0 for plain SGD.
-        buffers: whether buffers for what crosses the cuts are counted, one each way.
         remat: whether stages keep only their input of each microbatch in flight, and repeat their
             forward pass before the backward pass: ``"none"``, ``"full"`` (all of them), or
             ``"auto"`` (those for which memory would not suffice).
@@ -93,7 +95,6 @@ class MemoryForm:
     num_microbatches: int | None = None
     keeps_all: bool = False
     optimizer_bytes_per_param_byte: float = 2.0
-    buffers: bool = True
     remat: Literal["auto", "none", "full"] = "auto"
 
     def __post_init__(self) -> None:
@@ -245,8 +246,18 @@ class Costs:
             inner = self.plan_s(part.inner, level - 1, outer * part.replicas)
         else:
             inner = self.work_s(part.first, part.stop, part.remat)
-        each = self.sync_s_per_byte(part.replicas, level, outer)
-        return self.cost.stage_s(inner, each * self.params_of(part), part.replicas)
+        sync = self.sync_s(part.first, part.stop, part.replicas, level, outer)
+        return float(self.cost.stage_s(inner, sync, part.replicas))
+
+    def stage_s(self, first: Any, stop: Any, replicas: Any, outer: int, remat: bool) -> Any:
+        """Seconds for each microbatch of stages on the innermost level; or arrays."""
+        work = self.work_s(first, stop, remat)
+        return self.cost.stage_s(work, self.sync_s(first, stop, replicas, 0, outer), replicas)
+
+    def sync_s(self, first: Any, stop: Any, replicas: Any, level: int, outer: int) -> Any:
+        """Seconds for each round to synchronise runs of layers over units of a level."""
+        each = self.sync_s_per_byte(replicas, level, outer)
+        return each * (self.param_bytes[stop] - self.param_bytes[first])
 
     def sync_s_per_byte(self, num_replicas: Any, level: int, outer: int) -> Any:
         """Seconds to synchronise each byte of parameters over units of a level."""
@@ -315,13 +326,19 @@ class Costs:
 
     def bytes_of(self, first: Any, stop: Any, warm_up: Any, remat: bool) -> Any:
         """Peak bytes of a worker that holds some layers; all arguments may be arrays."""
-        memory, width = self.memory, self.width_bytes
-        in_flight = memory.in_flight(warm_up)
+        width = self.width_bytes[first]
+        kept = self.memory.in_flight(warm_up) * width if remat else 0.0
+        return self.bytes_but_input(first, stop, warm_up, remat) + kept + BUFFERS * width
+
+    def bytes_but_input(self, first: Any, stop: Any, warm_up: Any, remat: bool) -> Any:
+        """The same without what crosses the cut before the layers.
+
+        It is the less, the later the layers begin.
+        """
         stash = self.stash_bytes[stop] - self.stash_bytes[first]
-        kept = in_flight * width[first] + stash if remat else in_flight * stash
+        kept = stash if remat else self.memory.in_flight(warm_up) * stash
         params = self.param_bytes[stop] - self.param_bytes[first]
-        buffers = 2 * (width[first] + width[stop]) if memory.buffers else 0.0
-        return memory.param_copies(warm_up) * params + kept + buffers
+        return self.memory.param_copies(warm_up) * params + kept + BUFFERS * self.width_bytes[stop]
 
     def stage_bytes(self, stage: PlacedStage) -> float:
         """Peak bytes of each worker of a stage."""

@@ -145,10 +145,10 @@ class Laying:
                 kept[used + 1].append(rows)
             # A cut of this level before the next part; the starts were cut on an outer one.
             narrow = self.costs.width_bytes[rows[:, FIRST]] <= frame.widths[0, rows[:, ORIGIN]]
-            ready = rows[(narrow | ~laid) & (rows[:, FIRST] > frame.at_least[rows[:, ORIGIN]])]
+            open_ = (narrow | ~laid) & (rows[:, FIRST] > frame.at_least[rows[:, ORIGIN]])
+            ready, begun = rows[open_], laid[open_]
             if not len(ready):
                 continue
-            begun = starts[ready[:, ORIGIN], FIRST] > ready[:, FIRST]
             numbers = np.full(len(ready), NOTHING)
             numbers[begun] = self._trail.add(ready[begun])
             for m, more in self._parts(ready, numbers, used, frame):
@@ -209,9 +209,9 @@ class Laying:
         """Pipelines inside `m` units, and for each the row that it goes on from."""
         origin, stop = ready[:, ORIGIN], ready[:, FIRST]
         limit_s = frame.limit_of(origin) * m
-        params = self.costs.param_bytes
-        each = self.costs.sync_s_per_byte(m, frame.level, frame.outer)
-        synced = first_true(lambda i: each * (params[stop] - params[i]) <= limit_s, stop)
+        synced = first_true(
+            lambda i: self.costs.sync_s(i, stop, m, frame.level, frame.outer) <= limit_s, stop
+        )
         at_least = np.maximum(synced, frame.at_least[origin])
         inside = self._inside(m, unit, frame, limit_s, at_least, origin)
         starts = ready.copy()
@@ -228,9 +228,8 @@ class Laying:
         """
         index, first = every_first(frame.at_least[ready[:, ORIGIN]], ready[:, FIRST])
         origin, stop = ready[index, ORIGIN], ready[index, FIRST]
-        params = self.costs.param_bytes
-        each = self.costs.sync_s_per_byte(m, frame.level, frame.outer)
-        left = frame.limit_of(origin) * m - each * (params[stop] - params[first])
+        sync = self.costs.sync_s(first, stop, m, frame.level, frame.outer)
+        left = frame.limit_of(origin) * m - sync
         able = left >= 0
         index, first, origin, left = index[able], first[able], origin[able], left[able]
         inside = self._inside(m, unit, frame, left, first, origin)

@@ -100,13 +100,10 @@ class _Pipeline:
         return int(quick.min() if direction < 0 else quick.max())
 
     def _quick(self, number: int, first: np.ndarray, stop: np.ndarray) -> np.ndarray:
-        part, costs = self.parts[number], self.costs
-        bandwidth = costs.topology.levels[0].bandwidth_bytes_per_s
-        each = costs.cost.sync_s_per_byte(part.replicas, bandwidth, self.outer)
-        work = costs.work_s(first, stop, part.remat)
-        sync = each * (costs.param_bytes[stop] - costs.param_bytes[first])
-        together = np.maximum(work, sync) if costs.cost.overlap else work + sync
-        return together / part.replicas <= self.limit_s
+        part = self.parts[number]
+        return (
+            self.costs.stage_s(first, stop, part.replicas, self.outer, part.remat) <= self.limit_s
+        )
 
     def _possible(self, number: int, first: np.ndarray, stop: np.ndarray) -> np.ndarray:
         stage, costs = self.stages[number], self.costs

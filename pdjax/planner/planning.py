@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from pdjax.planner.cost_model import CostForm, Costs, MemoryForm, Part, PlacedStage
+from pdjax.planner.cost_model import CostForm, Costs, MemoryForm, Part, PlacedStage, Sync
 from pdjax.planner.plan import Plan, Prediction, StageFigures
 from pdjax.planner.search import fastest
 from pdjax.planner.shortage import explain_shortage
@@ -49,7 +49,7 @@ class PlanOptions:
     optimizer_bytes_per_param_byte: float = 2.0
     together: tuple[tuple[int, int], ...] = ()
     overlap: bool = True
-    sync: str = "ring"
+    sync: Sync = "ring"
 
     def __post_init__(self) -> None:
         find_algorithm(self.schedule)
@@ -108,7 +108,7 @@ def make_case(profile: Profile, topology: Topology, options: PlanOptions) -> Cas
     flushes = algorithm.order(2, options.num_microbatches).flushes
     cost = CostForm(
         overlap=options.overlap,
-        sync=options.sync,  # type: ignore[arg-type]  # checked by PlanOptions
+        sync=options.sync,
         num_microbatches=options.num_microbatches if flushes else None,
     )
     memory = memory_form(
@@ -120,7 +120,7 @@ def make_case(profile: Profile, topology: Topology, options: PlanOptions) -> Cas
     together = (*options.together, *profile.inseparable, *(() if flushes else profile.tied))
     costs = Costs(profile, topology, cost, memory, together)
     overlaps = not flushes or memory.num_microbatches != 1 or options.num_microbatches == 1
-    return Case(profile, costs, options.schedule, options.num_microbatches, flushes, overlaps)
+    return Case(costs, options.schedule, options.num_microbatches, flushes, overlaps)
 
 
 def memory_form(
@@ -145,7 +145,7 @@ def memory_form(
 
 
 def _check(case: Case, options: PlanOptions) -> None:
-    profile, topology, wish = case.profile, case.costs.topology, options.num_stages
+    profile, topology, wish = case.costs.profile, case.costs.topology, options.num_stages
     for first, last in options.together:
         if not 0 <= first <= last < len(profile.layers):
             raise ValueError(
@@ -226,19 +226,19 @@ def _as_plan(case: Case, parts: tuple[Part, ...], options: PlanOptions) -> Plan:
     figures = tuple(_figures(case, parts, stage) for stage in stages)
     others = alternatives(case)
     plan = Plan(
-        layers=case.profile.names,
+        layers=case.costs.profile.names,
         first_layers=tuple(stage.first for stage in stages),
         shares=tuple(stage.compute_s / total if total else 0.0 for stage in figures),
-        model=case.profile.model,
+        model=case.costs.profile.model,
         stages=figures,
     )
     chosen = strategy(case, f"this plan, {plan.notation}", parts)
     prediction = Prediction(
         schedule=case.schedule,
         topology=str(case.costs.topology),
-        source=case.profile.source,
+        source=case.costs.profile.source,
         num_microbatches=case.num_microbatches,
-        batch_size=case.profile.batch_size,
+        batch_size=case.costs.profile.batch_size,
         chosen=chosen,
         others=others,
         advice=advice(case, plan, chosen, others),

@@ -90,9 +90,9 @@ def _divided(case: Case, parts: int) -> Profile:
     """The profile for microbatches of a fraction of the size, as far as memory goes."""
     scaled = tuple(
         replace(layer, cut_bytes=layer.cut_bytes / parts, stash_bytes=layer.stash_bytes / parts)
-        for layer in case.profile.layers
+        for layer in case.costs.profile.layers
     )
-    return replace(case.profile, layers=scaled)
+    return replace(case.costs.profile, layers=scaled)
 
 
 def _twice(topology: Topology) -> Topology:

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from pdjax.planner.cost_model import Costs, MemoryForm, Part, PlacedStage
+from pdjax.planner.cost_model import Costs, Part, PlacedStage
 from pdjax.planner.plan import Plan, Strategy
 from pdjax.planner.search import fastest
 from pdjax.planner.table import format_seconds
-from pdjax.profile import Profile
 from pdjax.topology import Topology
 
 _GPIPE_MICROBATCHES = 4  # for each stage: the paper finds the bubble negligible from there on
@@ -24,15 +23,13 @@ class Case:
     """A question to the planner.
 
     Attributes:
-        profile: the layers.
-        costs: what they cost on the machines.
+        costs: what the layers cost on the machines.
         schedule: name of the algorithm.
         num_microbatches: microbatches in a minibatch.
         flushes: whether the pipeline is emptied after each minibatch.
         overlaps: whether several microbatches are under way at once.
     """
 
-    profile: Profile
     costs: Costs
     schedule: str
     num_microbatches: int
@@ -86,15 +83,10 @@ class Case:
             part = next(p for p in parts if p.first <= stage.first < p.stop)
             if not part.inner:
                 return max(slowest, self.costs.part_s(part, level, outer) / outer)
-            bare = replace(part, inner=())
-            slowest = max(slowest, self._sync_only_s(bare, level, outer) / outer)
+            sync = self.costs.sync_s(part.first, part.stop, part.replicas, level, outer)
+            slowest = max(slowest, float(sync) / (part.replicas * outer))
             parts, level, outer = part.inner, level - 1, outer * part.replicas
         return slowest
-
-    def _sync_only_s(self, part: Part, level: int, outer: int) -> float:
-        bandwidth = self.costs.topology.levels[level].bandwidth_bytes_per_s
-        each = self.costs.cost.sync_s_per_byte(part.replicas, bandwidth, outer)
-        return each * self.costs.params_of(part) / part.replicas
 
 
 def strategy(case: Case, name: str, parts: tuple[Part, ...], *, anywhere: bool = False) -> Strategy:
@@ -135,14 +127,8 @@ def _top(case: Case) -> int:
 
 def _synchronous(case: Case, num_microbatches: int, *, keeps_all: bool = False) -> Case:
     """The same question for a schedule that keeps one version of the weights."""
-    old = case.costs.memory
-    memory = MemoryForm(
-        stashes=False,
-        num_microbatches=num_microbatches,
-        keeps_all=keeps_all,
-        optimizer_bytes_per_param_byte=old.optimizer_bytes_per_param_byte,
-        buffers=old.buffers,
-        remat=old.remat,
+    memory = replace(
+        case.costs.memory, stashes=False, num_microbatches=num_microbatches, keeps_all=keeps_all
     )
     return replace(case, costs=case.costs.changed(memory=memory))
 

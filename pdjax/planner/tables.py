@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pdjax.planner.cost_model import Costs
+from pdjax.planner.cost_model import BUFFERS, Costs
 
 
 class Tables:
@@ -47,21 +47,12 @@ class Tables:
         return table[warm_up, stop]
 
     def _rows(self, limit_bytes: float, warm_up: np.ndarray, remat: bool) -> np.ndarray:
-        costs, memory = self.costs, self.costs.memory
-        stop = np.broadcast_to(
-            np.arange(costs.num_layers + 1), (len(warm_up), costs.num_layers + 1)
+        costs, each = self.costs, warm_up[:, None]
+        shape = len(warm_up), costs.num_layers + 1
+        stop = np.broadcast_to(np.arange(costs.num_layers + 1), shape)
+        return first_true(
+            lambda first: costs.bytes_but_input(first, stop, each, remat) <= limit_bytes, stop
         )
-        closed = np.where(np.isinf(costs.width_bytes), 0.0, costs.width_bytes)
-        buffers = 2 * closed if memory.buffers else 0.0
-        copies = np.asarray(memory.param_copies(warm_up))[:, None]
-        times = 1 if remat else np.asarray(memory.in_flight(warm_up))[:, None]
-
-        def fits(first: np.ndarray) -> np.ndarray:
-            needed = copies * (costs.param_bytes[stop] - costs.param_bytes[first])
-            needed = needed + times * (costs.stash_bytes[stop] - costs.stash_bytes[first])
-            return needed + buffers <= limit_bytes
-
-        return first_true(fits, stop)
 
 
 def quick_enough(
@@ -82,16 +73,9 @@ def quick_enough(
         limit_s: seconds for each microbatch.
         remat: whether the stages repeat their forward pass.
     """
-    each = costs.sync_s_per_byte(replicas, 0, outer)
-    params = costs.param_bytes
-
-    def quick(first: np.ndarray) -> np.ndarray:
-        work = costs.work_s(first, stop, remat)
-        sync = each * (params[stop] - params[first])
-        together = np.maximum(work, sync) if costs.cost.overlap else work + sync
-        return together <= limit_s * replicas
-
-    return first_true(quick, stop)
+    return first_true(
+        lambda first: costs.stage_s(first, stop, replicas, outer, remat) <= limit_s, stop
+    )
 
 
 def _burden_rank(costs: Costs) -> np.ndarray:
@@ -103,9 +87,7 @@ def _burden_rank(costs: Costs) -> np.ndarray:
     memory = costs.memory
     times = memory.in_flight(0) if memory.remat == "none" else 1
     burden = memory.param_copies(0) * costs.param_bytes + times * costs.stash_bytes
-    if memory.buffers:
-        burden = burden + 2 * costs.width_bytes
-    return np.unique(burden, return_inverse=True)[1]
+    return np.unique(burden + BUFFERS * costs.width_bytes, return_inverse=True)[1]
 
 
 def first_true(holds: Callable[[np.ndarray], np.ndarray], stop: np.ndarray) -> np.ndarray:

@@ -1,0 +1,97 @@
+"""How fast devices, and processes, pass data to each other.
+
+`python -m pdjax.bandwidth` prints it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import permutations
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+ALONE_BYTES_PER_S = 10e9
+"""What is said of a device that has no other to send to: about what one PCIe 3.0 slot carries. A
+plan for one worker does not depend on it."""
+
+
+def measure_bandwidth(devices: Sequence[Any], num_bytes: int = 2**24, repeats: int = 7) -> float:
+    """Bytes that pass from one device to another in a second: the median over all pairs.
+
+    Args:
+        devices: devices of this process.
+        num_bytes: size of the array that is sent.
+        repeats: how often it is sent on each pair.
+
+    Returns:
+        Bytes/s; `ALONE_BYTES_PER_S` for a single device.
+
+    Raises:
+        ValueError: if there are no devices, or one is another process's.
+    """
+    found = measure_pairs(devices, num_bytes, repeats)
+    return statistics.median(found.values()) if found else ALONE_BYTES_PER_S
+
+
+def measure_pairs(
+    devices: Sequence[Any], num_bytes: int = 2**24, repeats: int = 7
+) -> dict[tuple[int, int], float]:
+    """Bytes/s from each device to each other one, by their positions; see `measure_bandwidth`."""
+    _check_local(devices)
+    ones = np.ones(num_bytes, np.uint8)
+    data = [jax.device_put(ones, device) for device in devices]
+    pairs = list(permutations(range(len(devices)), 2))
+    sends = [partial(jax.device_put, data[source], devices[target]) for source, target in pairs]
+    seconds = _median_s(sends, repeats)
+    return {pair: num_bytes / took for pair, took in zip(pairs, seconds, strict=True)}
+
+
+def measure_between_processes(num_bytes: int = 2**24, repeats: int = 7) -> float:
+    """Bytes/s of the link of each process, by an all-reduce over the first device of each.
+
+    To be called in all processes of `jax.distributed` at the same time.
+
+    Raises:
+        ValueError: if there is only one process.
+    """
+    first = {device.process_index: device for device in reversed(jax.devices())}
+    count = len(first)
+    if count < 2:
+        raise ValueError("there is one process; expected several to measure between.")
+    mesh = Mesh(np.array([first[process] for process in sorted(first)]), ("process",))
+    rows = NamedSharding(mesh, PartitionSpec("process"))
+    num_floats = max(num_bytes // 4, 1)
+    mine = np.zeros((1, num_floats), np.float32)
+    data = jax.make_array_from_process_local_data(rows, mine, (count, num_floats))
+    reduce = jax.jit(lambda x: x.sum(0), out_shardings=NamedSharding(mesh, PartitionSpec()))
+    (seconds,) = _median_s([lambda: reduce(data)], repeats)
+    return 2 * (count - 1) / count * 4 * num_floats / seconds
+
+
+def _check_local(devices: Sequence[Any]) -> None:
+    if not devices:
+        raise ValueError("there are no devices; expected at least one.")
+    for device in devices:
+        if device.process_index != jax.process_index():
+            raise ValueError(
+                f"{device} belongs to process {device.process_index}, this is process "
+                f"{jax.process_index()}; expected devices of one process. For several, run "
+                "python -m pdjax.bandwidth with --coordinator in each."
+            )
+
+
+def _median_s(sends: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
+    """Seconds that each of `sends` takes. They take turns, after a first turn that warms up."""
+    seconds: list[list[float]] = [[] for _ in sends]
+    for _ in range(repeats + 1):
+        for send, taken in zip(sends, seconds, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(send())
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken[1:]) for taken in seconds]
