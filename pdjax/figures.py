@@ -46,7 +46,7 @@ def save_timeline(timeline: Timeline, path: str | Path) -> None:
     axes.set_yticks(range(timeline.num_workers))
     axes.set_yticklabels([f"worker {worker}" for worker in range(timeline.num_workers)])
     axes.set_xlabel("milliseconds")
-    axes.set_title(f"{timeline.title}   ({timeline.idle_share:.0%} idle)")
+    axes.set_title(f"{timeline.title}   ({timeline.bubble_share:.0%} bubble)")
     present = {span.kind for span in timeline.spans}
     patches = [
         Patch(facecolor=_FILL[kind][0], edgecolor="black", label=_NAMES[kind])

@@ -1,21 +1,27 @@
 """What happened when: the spans of every worker, as a value.
 
-Measured by the executor (`Pipeline.record`) or computed. Nothing here imports JAX.
+Simulated (`pdjax.simulate`) or measured by the executor (`Pipeline.record`): the same type, so that
+one can be laid over the other. Nothing here imports JAX.
 """
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal, NamedTuple
 
-SpanKind = Literal["F", "B", "FB", "U", "FBU"]
-"""Forward pass, backward pass, both in one program, update of the weights, all in one program."""
+SpanKind = Literal["F", "B", "I", "W", "U", "FB", "FBU"]
+"""What a worker does: forward pass, backward pass, its input part, its weight part, update of the
+weights; a forward pass and what follows it in one program."""
+
+TransferKind = Literal["F", "B", "R"]
+"""What travels: activations, their cotangents, gradients in an all-reduce."""
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """One action of a worker in time.
 
     Attributes:
@@ -34,9 +40,8 @@ class Span:
     start_s: float
     end_s: float
 
-    def __post_init__(self) -> None:
-        if not self.start_s <= self.end_s:
-            raise ValueError(f"a span ends at {self.end_s} before it starts at {self.start_s}.")
+    def __str__(self) -> str:
+        return f"{self.stage}{self.kind}{self.microbatch}"
 
     @property
     def duration_s(self) -> float:
@@ -44,62 +49,152 @@ class Span:
         return self.end_s - self.start_s
 
 
+class Transfer(NamedTuple):
+    """Values on their way from one worker to another.
+
+    Attributes:
+        source: the worker that sends.
+        target: the worker that receives.
+        kind: what travels.
+        stage: the stage that made it.
+        microbatch: the microbatch; of gradients the last one that they are of.
+        num_bytes: how much.
+        start_s: when the link was free for it. In seconds.
+        end_s: when it had arrived.
+    """
+
+    source: int
+    target: int
+    kind: TransferKind
+    stage: int
+    microbatch: int
+    num_bytes: int
+    start_s: float
+    end_s: float
+
+
+class Held(NamedTuple):
+    """What a worker holds from a moment on, until its next entry.
+
+    Attributes:
+        worker: the worker.
+        time_s: the moment, in seconds.
+        stash_bytes: activations that wait for a backward pass, of all its microbatches in flight.
+        version_bytes: all versions of the weights of all its stages.
+    """
+
+    worker: int
+    time_s: float
+    stash_bytes: int
+    version_bytes: int
+
+
 @dataclass(frozen=True)
 class Timeline:
-    """The spans of all workers.
+    """The spans of all workers, what travelled between them, and what they held.
 
     Attributes:
         title: what was run.
         num_workers: number of workers.
         spans: the spans, by start.
+        transfers: the transfers, by start; empty if they were not followed.
+        memory: what the workers held, by time; empty if it was not followed.
     """
 
     title: str
     num_workers: int
     spans: tuple[Span, ...]
+    transfers: tuple[Transfer, ...] = ()
+    memory: tuple[Held, ...] = ()
+
+    def __post_init__(self) -> None:
+        for entry in (*self.spans, *self.transfers):
+            if not entry.start_s <= entry.end_s:
+                raise ValueError(f"{entry} ends before it starts.")
 
     @classmethod
     def of(cls, title: str, num_workers: int, spans: Iterable[Span]) -> Timeline:
         """Makes a timeline that begins at zero."""
         ordered = sorted(spans, key=lambda span: (span.start_s, span.worker))
         zero = ordered[0].start_s if ordered else 0.0
-        shifted = (
-            Span(s.worker, s.kind, s.stage, s.microbatch, s.start_s - zero, s.end_s - zero)
-            for s in ordered
-        )
+        shifted = (s._replace(start_s=s.start_s - zero, end_s=s.end_s - zero) for s in ordered)
         return cls(title, num_workers, tuple(shifted))
 
-    @property
+    @cached_property
     def makespan_s(self) -> float:
-        """From the first start to the last end, in seconds."""
+        """From the first start to the last end of a span, in seconds."""
         return max((span.end_s for span in self.spans), default=0.0)
+
+    def spans_of(self, worker: int) -> tuple[Span, ...]:
+        """What one worker did, in order."""
+        return self._by_worker.get(worker, ())
+
+    @cached_property
+    def _by_worker(self) -> dict[int, tuple[Span, ...]]:
+        found: defaultdict[int, list[Span]] = defaultdict(list)
+        for span in self.spans:
+            found[span.worker].append(span)
+        return {worker: tuple(spans) for worker, spans in found.items()}
 
     def busy_s(self, worker: int) -> float:
         """How long a worker had something to do, in seconds."""
-        return sum(span.duration_s for span in self.spans if span.worker == worker)
+        return sum(span.duration_s for span in self.spans_of(worker))
+
+    def utilisation(self, worker: int) -> float:
+        """The share of the makespan in which a worker had something to do."""
+        return self.busy_s(worker) / self.makespan_s if self.makespan_s else 1.0
 
     @property
-    def idle_share(self) -> float:
-        """The share of the workers' time in which they waited (the pipeline's bubble)."""
-        total = self.makespan_s * self.num_workers
-        busy = sum(self.busy_s(worker) for worker in range(self.num_workers))
-        return 1.0 - busy / total if total else 0.0
+    def bubble_share(self) -> float:
+        """The share of the workers' time in which they waited: the pipeline's bubble."""
+        shares = [self.utilisation(worker) for worker in range(self.num_workers)]
+        return 1.0 - sum(shares) / len(shares) if self.spans else 0.0
+
+    def window(self, start_s: float, stop_s: float) -> Timeline:
+        """The part between two moments, cut where they fall; it begins at zero."""
+        kept = [s for s in self.spans if s.end_s > start_s and s.start_s < stop_s]
+        spans = tuple(
+            s._replace(
+                start_s=max(s.start_s, start_s) - start_s, end_s=min(s.end_s, stop_s) - start_s
+            )
+            for s in kept
+        )
+        return replace(self, spans=spans, transfers=(), memory=())
+
+    @cached_property
+    def link_bytes(self) -> dict[tuple[int, int], int]:
+        """Bytes that each worker sent to each other one, by (source, target)."""
+        found: defaultdict[tuple[int, int], int] = defaultdict(int)
+        for transfer in self.transfers:
+            found[transfer.source, transfer.target] += transfer.num_bytes
+        return dict(sorted(found.items()))
+
+    def peak_bytes(self, worker: int) -> int:
+        """The most that a worker held at once of stash and versions, in bytes."""
+        mine = (h.stash_bytes + h.version_bytes for h in self.memory if h.worker == worker)
+        return max(mine, default=0)
 
     def __str__(self) -> str:
-        lines = [f"{self.title}: {self.makespan_s * 1e3:.2f} ms, {self.idle_share:.0%} idle"]
+        lines = [f"{self.title}: {self.makespan_s * 1e3:.2f} ms, {self.bubble_share:.0%} bubble"]
         for worker in range(self.num_workers):
-            mine = [span for span in self.spans if span.worker == worker]
-            work = " ".join(f"{s.stage}{s.kind}{s.microbatch}" for s in mine)
-            lines.append(f"worker {worker}: {work}")
+            lines.append(f"worker {worker}: {' '.join(map(str, self.spans_of(worker)))}")
         return "\n".join(lines)
 
     def to_json(self) -> str:
         """The timeline as JSON."""
-        return json.dumps(asdict(self))
+        value = {"title": self.title, "num_workers": self.num_workers}
+        return json.dumps(
+            value | {"spans": self.spans, "transfers": self.transfers, "memory": self.memory}
+        )
 
     @classmethod
     def from_json(cls, text: str) -> Timeline:
         """Reads what `to_json` wrote."""
         value = json.loads(text)
-        spans = tuple(Span(**span) for span in value["spans"])
-        return cls(value["title"], value["num_workers"], spans)
+        return cls(
+            value["title"],
+            value["num_workers"],
+            tuple(Span(*entry) for entry in value["spans"]),
+            tuple(Transfer(*entry) for entry in value["transfers"]),
+            tuple(Held(*entry) for entry in value["memory"]),
+        )

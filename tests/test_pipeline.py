@@ -519,7 +519,7 @@ def test_a_recorded_timeline_has_every_action_in_the_workers_order(schedule):
         assert sum("B" in span.kind for span in spans) == steps
         for before, after in pairwise(spans):
             assert before.end_s <= after.start_s + 1e-9
-    assert 0 <= timeline.idle_share < 1
+    assert 0 <= timeline.bubble_share < 1
 
 
 def test_nothing_was_recorded():

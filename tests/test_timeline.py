@@ -24,7 +24,7 @@ def test_figures():
     assert value.spans[0].start_s == 0
     assert value.makespan_s == 4
     assert [value.busy_s(worker) for worker in range(2)] == [2, 3]
-    assert value.idle_share == pytest.approx(3 / 8)
+    assert value.bubble_share == pytest.approx(3 / 8)
 
 
 def test_text_and_json():
@@ -34,12 +34,12 @@ def test_text_and_json():
 
 
 def test_empty():
-    assert Timeline("nothing", 1, ()).idle_share == 0
+    assert Timeline("nothing", 1, ()).bubble_share == 0
 
 
 def test_a_span_that_ends_before_it_starts():
     with pytest.raises(ValueError, match="before it starts"):
-        Span(0, "F", 0, 0, 2.0, 1.0)
+        Timeline("late", 1, (Span(0, "F", 0, 0, 2.0, 1.0),))
 
 
 @pytest.mark.parametrize(("suffix", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
