@@ -32,6 +32,12 @@ class BatchSpec:
     axes: tuple[int | None, ...]
     size: int
 
+    def __str__(self) -> str:
+        pairs = zip(self.names, self.shapes, strict=True)
+        return ", ".join(
+            f"{name or 'batch'} {shape.dtype}{list(shape.shape)}" for name, shape in pairs
+        )
+
     @property
     def signature(self) -> tuple[Any, ...]:
         """Equal for minibatches that the same compiled programs serve."""
@@ -63,6 +69,13 @@ class BatchSpec:
             part = slice(leaf.shape[axis] // num_microbatches) if axis is not None else ...
             parts.append(leaf[(*before, part)])
         return jax.tree.unflatten(self.tree, parts)
+
+
+def appearance(leaf: Any) -> Any:
+    """Equal for leaves that have the same shape and dtype, and quicker to make than these."""
+    if not hasattr(leaf, "dtype"):
+        return type(leaf), np.shape(leaf)
+    return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)
 
 
 def check_divisible(size: int, num_microbatches: int) -> None:

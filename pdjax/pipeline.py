@@ -12,10 +12,7 @@ from os import PathLike
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import Sharding
 
 from pdjax.arguments import (
     check_machines,
@@ -31,16 +28,18 @@ from pdjax.arguments import (
 )
 from pdjax.differentiate import Remat
 from pdjax.errors import BrokenPipelineError, NonFiniteLossError
+from pdjax.memory import StageMemory, stage_memory
+from pdjax.origins import Origin, gather
 from pdjax.planner import Plan
-from pdjax.prepare import Prepared, Settings, profile_model
+from pdjax.prepare import Prepared, profile_model
 from pdjax.profile import Profile
 from pdjax.runtime.executor import Executor, Run
 from pdjax.runtime.placed import Values
 from pdjax.runtime.recorder import Recorder
 from pdjax.schedules import Schedule
+from pdjax.settings import Settings
 from pdjax.timeline import Timeline
 from pdjax.topology import Topology
-from pdjax.trees import is_key
 from pdjax.weights import WeightRule
 
 _log = logging.getLogger("pdjax")
@@ -254,7 +253,7 @@ class Pipeline:
         check_rng(rng)
         prepared = Prepared(self._settings, params, batch, model_state, rng)
         training = _Training(
-            prepared, jax.tree.map(_Origin.of, params), jax.tree.map(_Origin.of, model_state)
+            prepared, jax.tree.map(Origin.of, params), jax.tree.map(Origin.of, model_state)
         )
         self._latest = training
         _log.info("schedule %s\n%s", self.schedule.name, self.plan)
@@ -381,14 +380,14 @@ class Pipeline:
         self._check_losses(training, at_most=0)
         weights = training.prepared.weights(state.run)
         with _breaking_on_errors(training, state.step, Exception):
-            return _gather(training.param_origins, weights)
+            return gather(training.param_origins, weights)
 
     def model_state(self, state: PipelineState) -> Any:
         """A copy of the mutable state, in the structure that `init` was given."""
         training = self._training_of(state)
         model = training.prepared.model(state.run)
         with _breaking_on_errors(training, state.step, Exception):
-            return _gather(training.model_state_origins, model)
+            return gather(training.model_state_origins, model)
 
     def stage_of_parameters(self) -> Any:
         """The number of the stage that holds each parameter, in the structure of the parameters.
@@ -413,24 +412,8 @@ class Pipeline:
 
     def memory(self, state: PipelineState) -> tuple[StageMemory, ...]:
         """What each stage has held at its peak, for batches of the last shape, since `init`."""
-        prepared, run = self._training_of(state).prepared, state.run
-        passes = run.passes or prepared.passes
-        kinds = [
-            {kind for kind, stage, _ in passes.instructions if stage == index}
-            for index in range(len(run.stages))
-        ]
-        return tuple(
-            StageMemory(
-                stage=index,
-                weight_bytes=_bytes(held.weights),
-                peak_versions=held.peak_versions,
-                optimizer_bytes=_bytes(held.optimizer),
-                gradient_bytes=0 if "FBU" in kinds[index] else _bytes(held.weights),
-                stash_bytes=runner.programs.saved_bytes if "F" in kinds[index] else 0,
-                peak_in_flight=held.peak_in_flight,
-            )
-            for index, (held, runner) in enumerate(zip(run.stages, passes.stages, strict=True))
-        )
+        training = self._training_of(state)
+        return stage_memory(state.run.passes or training.prepared.passes, state.run)
 
     @contextmanager
     def record(self, state: PipelineState) -> Iterator[None]:
@@ -527,77 +510,6 @@ def _breaking_on_errors(
         raise BrokenPipelineError(training.broken) from error
 
 
-@dataclass(frozen=True)
-class StageMemory:
-    """What one stage holds at its peak, but for batches and values on their way between stages.
-
-    Attributes:
-        stage: the stage.
-        weight_bytes: bytes of one version of its weights.
-        peak_versions: the most versions alive at once.
-        optimizer_bytes: bytes of its part of the optimizer state.
-        gradient_bytes: bytes of its gradients; 0 if they are applied where they are made.
-        stash_bytes: bytes that the stash keeps for one microbatch in flight; 0 if both passes are
-            one program.
-        peak_in_flight: the most microbatches in flight at once.
-    """
-
-    stage: int
-    weight_bytes: int
-    peak_versions: int
-    optimizer_bytes: int
-    gradient_bytes: int
-    stash_bytes: int
-    peak_in_flight: int
-
-    @property
-    def peak_bytes(self) -> int:
-        """Bytes of all versions, the optimizer state, the gradients and the stash."""
-        weights = self.weight_bytes * self.peak_versions
-        fixed = weights + self.optimizer_bytes + self.gradient_bytes
-        return fixed + self.stash_bytes * self.peak_in_flight
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """Where a leaf came from, and so where a copy of it goes.
-
-    Attributes:
-        sharding: of an array that is committed to it.
-        device: of any other jax.Array; None for numpy arrays and numbers.
-    """
-
-    sharding: Sharding | None = None
-    device: Any = None
-
-    @classmethod
-    def of(cls, leaf: Any) -> _Origin:
-        if not isinstance(leaf, jax.Array):
-            return cls()
-        if leaf.committed:
-            return cls(sharding=leaf.sharding)
-        return cls(device=next(iter(leaf.sharding.device_set)))
-
-    def bring_back(self, value: jax.Array) -> Any:
-        if is_key(value):
-            return jax.device_put(value, self.sharding or self.device, may_alias=False)
-        host = np.array(value)
-        if self.sharding is not None:
-            return jax.device_put(host, self.sharding)
-        if self.device is None:
-            return host
-        with jax.default_device(self.device):
-            return jnp.array(host)
-
-
-def _gather(origins: Any, values: Mapping[int, Any]) -> Any:
-    leaves, tree = jax.tree.flatten(origins)
-    for value in values.values():
-        if not is_key(value):
-            value.copy_to_host_async()
-    return jax.tree.unflatten(tree, [leaf.bring_back(values[i]) for i, leaf in enumerate(leaves)])
-
-
 def _as_metrics(loss: Any, leaves: Values, tree: Any) -> Metrics:
     if tree is None:
         return {"loss": loss}
@@ -605,7 +517,3 @@ def _as_metrics(loss: Any, leaves: Values, tree: Any) -> Metrics:
     if not isinstance(metrics, Mapping):
         return {"loss": loss, "aux": metrics}
     return {"loss": loss} | dict(metrics) | {"loss": loss}
-
-
-def _bytes(leaves: Values) -> int:
-    return sum(leaf.nbytes for leaf in leaves)

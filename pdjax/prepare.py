@@ -4,34 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import Sharding
 
 from pdjax import jaxprs
-from pdjax.arguments import for_each_stage, taking_key
-from pdjax.automatic import Machines, automatic_plan, measured_profile
-from pdjax.batches import (
-    BatchSpec,
-    check_structure,
-    concatenation_axes,
-    default_num_microbatches,
-    describe_batch,
-)
-from pdjax.bookkeeping import inseparable_by_state, inseparable_by_ties
-from pdjax.differentiate import Remat
-from pdjax.errors import PdjaxWarning
-from pdjax.graph import LayerGraph, build_graph, model_fingerprint
+from pdjax.arguments import taking_key
+from pdjax.automatic import measured_profile
+from pdjax.batches import BatchSpec, appearance, check_structure, concatenation_axes, describe_batch
+from pdjax.choose_plan import make_plan, remat_of
+from pdjax.graph import LayerGraph, build_graph
 from pdjax.optimizer import UpdateSplit, init_program, split_update
-from pdjax.planner import Plan, PlanOptions, balanced_plan, manual_plan
 from pdjax.profile import Profile
 from pdjax.program import Program
 from pdjax.runtime.evaluation import Evaluation
@@ -41,82 +28,13 @@ from pdjax.runtime.passes import Passes, PlacedConsts
 from pdjax.runtime.placed import Values, placed
 from pdjax.runtime.transport import LocalTransport
 from pdjax.runtime.update import UpdateRunner
-from pdjax.schedules import ALGORITHMS, Schedule, find_algorithm, validate
+from pdjax.schedules import Schedule
+from pdjax.settings import Settings, make_schedule
 from pdjax.split import StageSplit, split
-from pdjax.topology import Topology
 from pdjax.trees import own_copy, place
-from pdjax.weights import LATEST, STASH, WeightRule, peak_versions
+from pdjax.schedules.versions import delay_of, peak_versions
 
 _log = logging.getLogger("pdjax")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a `Pipeline` was made with; see there.
-
-    Attributes:
-        placements: where stages may be placed.
-        num_stages: how many there are; None if the plan is to say.
-    """
-
-    loss_fn: Callable[..., Any]
-    optimizer: optax.GradientTransformation
-    schedule: str | Schedule
-    weight_rule: WeightRule | None
-    placements: tuple[Sharding, ...]
-    num_stages: int | None
-    num_microbatches: int | None
-    plan: Plan | tuple[str, ...] | Literal["auto", "balanced"]
-    topology: Topology | None
-    profile: Profile | None
-    eval_loss_fn: Callable[..., Any]
-    batch_axes: Any
-    weighted_loss: bool
-    remat: Remat | Sequence[Remat] | None
-    state_update: Literal["microbatch", "minibatch"]
-
-    def for_plan(self, plan: Plan) -> Settings:
-        """The settings with all that a plan decides."""
-        placements = tuple(self.placements[at] for at in workers_of(plan, len(self.placements)))
-        return replace(self, plan=plan, placements=placements, num_stages=plan.num_stages)
-
-    def for_batch(self, batch_size: int) -> Settings:
-        """The settings with the number of microbatches, for minibatches of `batch_size`."""
-        if self.num_microbatches is not None or not isinstance(self.schedule, str):
-            return self
-        count = 1
-        if find_algorithm(self.schedule).divides:
-            count = default_num_microbatches(batch_size, self.num_stages or len(self.placements))
-        return replace(self, num_microbatches=count)
-
-    @property
-    def flushes(self) -> bool:
-        """Whether the pipeline is empty after each minibatch."""
-        if isinstance(self.schedule, Schedule):
-            return self.schedule.flushes
-        return find_algorithm(self.schedule).order(2, self.num_microbatches or 1).flushes
-
-
-def workers_of(plan: Plan, num_workers: int) -> tuple[int, ...]:
-    """For each stage of a straight plan its worker: the one that was planned, if it is there."""
-    planned = tuple(stage.workers[0] for stage in plan.stages)
-    if planned and max(planned) < num_workers:
-        return planned
-    return tuple(range(plan.num_stages))
-
-
-def make_schedule(settings: Settings) -> tuple[Schedule, WeightRule]:
-    """The validated schedule and weight rule, once all is decided."""
-    schedule = settings.schedule
-    assert settings.num_stages is not None, "the plan has said how many"
-    if isinstance(schedule, str):
-        algorithm = find_algorithm(schedule)
-        rule = settings.weight_rule or algorithm.weight_rule
-        schedule = algorithm.order(settings.num_stages, settings.num_microbatches or 1)
-    else:
-        rule = settings.weight_rule or (LATEST if schedule.flushes else STASH)
-    validate(schedule, rule)
-    return schedule, rule
 
 
 def profile_model(
@@ -287,12 +205,12 @@ class Prepared:
     def _passes_for(self, spec: BatchSpec) -> Passes:
         check_structure(spec, self._spec)
         if spec.signature not in self._passes:
-            _log.info("compiling for a new batch shape: %s", _describe(spec))
+            _log.info("compiling for a new batch shape: %s", spec)
             graph = self._graph(self._settings.loss_fn, self._microbatch(spec))
             stages = split(graph, self.plan.first_layers_in(graph.names))
             if (stages.homes, _state_homes(stages)) != (self.split.homes, self.state_homes):
                 raise ValueError(
-                    f"for batches of {_describe(spec)} the loss function uses its parameters or "
+                    f"for batches of {spec} the loss function uses its parameters or "
                     "its state in other stages than before. Give a plan whose cuts suit both "
                     "shapes."
                 )
@@ -344,7 +262,7 @@ class Prepared:
     def feed(self, batch: Any) -> Feed:
         """Moves a minibatch to the stages that read it."""
         leaves, tree = jax.tree.flatten(batch)
-        shapes = (tree, *map(_appearance, leaves))
+        shapes = (tree, *map(appearance, leaves))
         if shapes not in self._known:
             spec = describe_batch(batch, self._settings.batch_axes)
             self._known[shapes] = self._passes_for(spec)
@@ -374,95 +292,6 @@ class Prepared:
     def model(self, run: Run) -> dict[int, Any]:
         """Each leaf of the mutable state, by index."""
         return {i: run.stages[homes[0]].model[i] for i, homes in enumerate(self.state_homes)}
-
-
-def make_plan(
-    settings: Settings, graph: LayerGraph, spec: BatchSpec, params: Any, microbatch: Any
-) -> Plan:
-    """The plan that was asked for, checked against the model's layers."""
-    names = graph.names
-    work = [layer.flops for layer in graph.layers]
-    if isinstance(settings.plan, tuple):
-        return manual_plan(names, work, settings.plan)
-    if isinstance(settings.plan, Plan):
-        check_plan(settings.plan, graph)
-        _warn_of_schedule(settings.plan, _planned_as(settings))
-        return settings.plan
-    if settings.plan == "balanced":
-        together = inseparable_by_state(graph)
-        if not settings.flushes:
-            together += inseparable_by_ties(graph)
-        cut_bytes = [layer.cut_bytes for layer in graph.layers]
-        stages = settings.num_stages or len(settings.placements)
-        return balanced_plan(names, work, cut_bytes, stages, together)
-    count = settings.num_microbatches or 1
-    options = PlanOptions(
-        schedule=_planned_as(settings),
-        num_microbatches=count,
-        num_stages=settings.num_stages,
-        straight=True,
-        remat=_planned_remat(settings.remat),
-        optimizer_bytes_per_param_byte=_optimizer_ratio(settings.optimizer, params),
-    )
-    devices = tuple(next(iter(p.device_set)) for p in settings.placements)
-    machines = Machines(devices, settings.topology, settings.profile)
-    return automatic_plan(graph, machines, options, spec.size // count, microbatch)
-
-
-def check_plan(plan: Plan, graph: LayerGraph) -> None:
-    """Raises ValueError if a plan was made for another model."""
-    if plan.layers != graph.names:
-        differing = sorted(set(plan.layers) ^ set(graph.names))
-        raise ValueError(
-            f"the plan was made for another model: {len(plan.layers)} layers in the "
-            f"plan, {len(graph.names)} in this model; differing: {differing[:6]}. Make a new plan."
-        )
-    if plan.model and plan.model != model_fingerprint(graph):
-        raise ValueError(
-            f"the plan was made for another model: its fingerprint is {plan.model}, that of this "
-            f"model {model_fingerprint(graph)}. The layers have the same names, but other "
-            "parameters or sizes. Make a new plan."
-        )
-
-
-def _warn_of_schedule(plan: Plan, schedule: str) -> None:
-    if plan.prediction is not None and plan.prediction.schedule != schedule:
-        warnings.warn(
-            f"the plan was made for the schedule {plan.prediction.schedule!r}, and {schedule!r} is "
-            "to run: what it predicts, the memory above all, does not hold.",
-            PdjaxWarning,
-            stacklevel=4,
-        )
-
-
-def remat_of(settings: Settings, plan: Plan) -> tuple[Remat, ...]:
-    """What each stage recomputes: as was asked for, else as was planned."""
-    if settings.remat is None:
-        return plan.remat
-    return for_each_stage(settings.remat, plan.num_stages)
-
-
-def _planned_remat(remat: Remat | Sequence[Remat] | None) -> Literal["auto", "none", "full"]:
-    """What the planner reckons with. A policy saves less than all: it is planned as none."""
-    if remat is None:
-        return "auto"
-    wishes = [remat] if isinstance(remat, str) or callable(remat) else list(remat)
-    return "full" if all(wish == "full" for wish in wishes) else "none"
-
-
-def _planned_as(settings: Settings) -> str:
-    """The algorithm whose memory and order a plan reckons with."""
-    schedule = settings.schedule
-    name = schedule.name if isinstance(schedule, Schedule) else schedule
-    return name if name in ALGORITHMS else "one_f_one_b" if settings.flushes else "pipedream"
-
-
-def _optimizer_ratio(optimizer: optax.GradientTransformation, params: Any) -> float:
-    """Bytes of the optimizer state for each byte of the parameters."""
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    state = jax.eval_shape(optimizer.init, params)
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    return size / held if held else 0.0
 
 
 def _refuse_ties(stages: StageSplit, schedule: Schedule) -> None:
@@ -511,15 +340,3 @@ def _average(parts: Sequence[Values]) -> Values:
         else column[-1]
         for column in zip(*parts, strict=True)
     )
-
-
-def _appearance(leaf: Any) -> Any:
-    """Equal for leaves that have the same shape and dtype, and quicker to make than these."""
-    if not hasattr(leaf, "dtype"):
-        return type(leaf), np.shape(leaf)
-    return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)
-
-
-def _describe(spec: BatchSpec) -> str:
-    pairs = zip(spec.names, spec.shapes, strict=True)
-    return ", ".join(f"{name or 'batch'} {shape.dtype}{list(shape.shape)}" for name, shape in pairs)

@@ -20,8 +20,7 @@ KEY = jax.random.key(0)
 
 
 def graph_of(case: zoo.Case) -> LayerGraph:
-    batch = case.make_batch(zoo.MICROBATCH, 0)
-    return build_graph(case.loss_fn, case.params, batch, KEY, model_state=case.model_state)
+    return zoo.graph_of(case, zoo.MICROBATCH, KEY)
 
 
 def test_linen_layers_are_named_by_module_path():

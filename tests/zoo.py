@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from pdjax.graph import LayerGraph, build_graph
 from pdjax.models import build_model
 
 MICROBATCH = 2
@@ -156,3 +157,9 @@ MODELS: dict[str, Callable[..., Case]] = {
     "vgg16_bn": functools.partial(vgg, batch_norm=True),
 }
 """The models of `pdjax.models`, small. A new model takes one row."""
+
+
+def graph_of(case: Case, batch_size: int, rng: jax.Array) -> LayerGraph:
+    """The layers of a case, for a batch of `batch_size` examples."""
+    batch, state = case.make_batch(batch_size, 0), case.model_state
+    return build_graph(case.loss_fn, case.params, batch, rng, model_state=state)

@@ -18,8 +18,8 @@ from pdjax.planner.shortage import explain_shortage
 from pdjax.planner.strategies import Case, advice, alternatives, strategy
 from pdjax.profile import Profile
 from pdjax.schedules import Algorithm, find_algorithm
+from pdjax.schedules.versions import peak_in_flight
 from pdjax.topology import Topology
-from pdjax.weights import peak_in_flight
 
 _MANY = 8  # units, on one level, above which not every smaller number is tried
 

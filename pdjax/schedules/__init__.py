@@ -10,16 +10,22 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pdjax.schedules.dispatch import dispatch_order as dispatch_order
+from pdjax.schedules.forward_only import forward_only as forward_only
 from pdjax.schedules.gpipe import gpipe as gpipe
+from pdjax.schedules.interleaved import interleaved as interleaved
 from pdjax.schedules.model_parallel import model_parallel as model_parallel
 from pdjax.schedules.one_f_one_b import one_f_one_b as one_f_one_b
 from pdjax.schedules.pipedream import pipedream as pipedream
+from pdjax.schedules.pipedream_2bw import pipedream_2bw as pipedream_2bw
+from pdjax.schedules.round_robin import warm_ups as warm_ups
 from pdjax.schedules.schedule import Action as Action
 from pdjax.schedules.schedule import Schedule as Schedule
 from pdjax.schedules.schedule import ScheduleError as ScheduleError
-from pdjax.schedules.validate import dispatch_order as dispatch_order
 from pdjax.schedules.validate import validate as validate
-from pdjax.weights import LATEST, STASH, WeightRule
+from pdjax.schedules.zero_bubble_h1 import zero_bubble_h1 as zero_bubble_h1
+from pdjax.schedules.zero_bubble_v import zero_bubble_v as zero_bubble_v
+from pdjax.weights import DOUBLE_BUFFER, LATEST, STASH, VERTICAL_SYNC, WeightRule
 
 
 @dataclass(frozen=True)
@@ -27,24 +33,65 @@ class Algorithm:
     """A published algorithm: an order of the actions, and a weight rule.
 
     Attributes:
-        order: makes the schedule for a number of stages and of microbatches.
+        order: makes the schedule for a number of stages and of microbatches; one with
+            chunks takes `num_chunks`, too.
         weight_rule: which version of the weights each pass reads.
         about: one line for help texts.
         divides: whether minibatches are divided into microbatches unless told otherwise.
+        num_chunks: stages on each worker, unless told otherwise; 1 if it is always one.
     """
 
-    order: Callable[[int, int], Schedule]
+    order: Callable[..., Schedule]
     weight_rule: WeightRule
     about: str
     divides: bool = True
+    num_chunks: int = 1
+
+    @property
+    def stale(self) -> bool:
+        """Whether gradients are applied to other weights than they were computed with."""
+        return self.weight_rule != LATEST
+
+    def make(
+        self, num_stages: int, num_microbatches: int, num_chunks: int | None = None
+    ) -> Schedule:
+        """The schedule for a number of stages, on all workers together.
+
+        Raises:
+            ValueError: if there is none for these numbers.
+        """
+        if self.num_chunks > 1:
+            chunks = num_chunks or self.num_chunks
+            return self.order(num_stages, num_microbatches, num_chunks=chunks)
+        if num_chunks not in (None, 1):
+            raise ValueError(
+                f"num_chunks={num_chunks}, but this schedule runs one stage on each worker; "
+                "interleaved runs several."
+            )
+        return self.order(num_stages, num_microbatches)
 
 
 ALGORITHMS: dict[str, Algorithm] = {
     "model_parallel": Algorithm(model_parallel, LATEST, "one microbatch at a time"),
     "gpipe": Algorithm(gpipe, LATEST, "all forward passes, then all backward passes"),
     "one_f_one_b": Algorithm(one_f_one_b, LATEST, "alternating passes, an update after a flush"),
+    "interleaved": Algorithm(
+        interleaved, LATEST, "1F1B with several stages on each worker", num_chunks=2
+    ),
+    "zero_bubble_h1": Algorithm(
+        zero_bubble_h1, LATEST, "1F1B that puts off the weight parts of backward passes"
+    ),
+    "zero_bubble_v": Algorithm(
+        zero_bubble_v, LATEST, "the same with two stages on each worker", num_chunks=2
+    ),
     "pipedream": Algorithm(
         pipedream, STASH, "alternating passes, never flushed, stale weights", divides=False
+    ),
+    "pipedream_vertical_sync": Algorithm(
+        pipedream, VERTICAL_SYNC, "the same, one version on all stages", divides=False
+    ),
+    "pipedream_2bw": Algorithm(
+        pipedream_2bw, DOUBLE_BUFFER, "never flushed, an update for m microbatches, two versions"
     ),
 }
 """The algorithms by name."""

@@ -1,9 +1,18 @@
 """One forward, one backward, with a flush: PipeDream-Flush."""
 
+from collections.abc import Sequence
+
+from pdjax.schedules.round_robin import alternate, in_turns, replicas_of, warm_ups
 from pdjax.schedules.schedule import Action, Schedule
 
 
-def one_f_one_b(num_stages: int, num_microbatches: int) -> Schedule:
+def one_f_one_b(
+    num_stages: int,
+    num_microbatches: int,
+    *,
+    replicas: Sequence[int] | None = None,
+    slack: int = 0,
+) -> Schedule:
     """Forward and backward passes in turn as soon as possible, then one update.
 
     PipeDream-Flush (arXiv 2006.09503, section 3.2), also known as 1F1B. After min(n - 1 - s, m)
@@ -19,16 +28,16 @@ def one_f_one_b(num_stages: int, num_microbatches: int) -> Schedule:
     Args:
         num_stages: number of stages n.
         num_microbatches: microbatches m in a minibatch, whose gradients are averaged.
+        replicas: for each stage on how many workers it is; they take microbatches in turns.
+        slack: see `pdjax.schedules.warm_ups`.
     """
+    turns = replicas_of(num_stages, replicas)
+    ahead = warm_ups(turns, slack)
 
-    def actions(stage: int) -> tuple[Action, ...]:
-        warm_up = min(num_stages - 1 - stage, num_microbatches)
-        forward = [Action("F", stage, microbatch) for microbatch in range(num_microbatches)]
-        backward = [Action("B", stage, microbatch) for microbatch in range(num_microbatches)]
-        pairs = zip(forward[warm_up:], backward, strict=False)
-        steady = [action for pair in pairs for action in pair]
-        rest = backward[num_microbatches - warm_up :]
-        return (*forward[:warm_up], *steady, *rest, Action("U", stage, num_microbatches - 1))
+    def actions(stage: int, replica: int) -> tuple[Action, ...]:
+        mine = range(replica, num_microbatches, turns[stage])
+        passes = alternate(in_turns("F", stage, mine), in_turns("B", stage, mine), ahead[stage])
+        return (*passes, Action("U", stage, num_microbatches - 1))
 
-    workers = tuple(actions(stage) for stage in range(num_stages))
+    workers = tuple(actions(s, replica) for s in range(num_stages) for replica in range(turns[s]))
     return Schedule("one_f_one_b", num_stages, num_microbatches, workers)

@@ -1,34 +1,38 @@
 """A pipeline schedule as a value.
 
-A schedule is, for every worker, the list of its actions during one *step*: the time in which the
-training loop hands over one minibatch of m microbatches. Steps repeat for ever, so a microbatch is
-numbered relative to the first one of the step. A negative number reaches back: in PipeDream a
-worker runs, step after step,
+A schedule is, for every worker, the list of its actions during one *cycle*, which then repeats for
+ever. A cycle is the time in which the training loop hands over one minibatch of m microbatches (or
+a few minibatches, where replicas take turns), so a microbatch is numbered relative to the first one
+of the cycle. A negative number reaches back: in PipeDream a worker runs, cycle after cycle,
 
     F0  B-2  U-2        the forward of the newcomer, the backward and update of the one before last
 
-and `Schedule.unroll` writes this out for a number of steps: the beginning, where there is nothing
-yet to reach back to, and the end, where what is still in flight drains. Nothing here imports JAX.
+and `Schedule.unroll` writes this out for a number of minibatches: the beginning, where there is
+nothing yet to reach back to, and the end, where what is still in flight drains. Nothing here
+imports JAX.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
 
-ActionKind = Literal["F", "B", "U"]
-"""Forward pass, backward pass, update of the weights."""
+from pdjax.schedules.columns import Columns
+
+ActionKind = Literal["F", "B", "I", "W", "U"]
+"""Forward pass; backward pass, or its two parts: input (the cotangents that the stage before waits
+for) and weight (the gradients); update of the weights."""
 
 
-@dataclass(frozen=True, order=True)
-class Action:
+class Action(NamedTuple):
     """One thing that a worker does.
 
     Attributes:
-        kind: ``"F"``, ``"B"`` or ``"U"``.
+        kind: ``"F"``, ``"B"``, ``"I"``, ``"W"`` or ``"U"``.
         stage: the stage that it is done for.
         microbatch: the microbatch; for an update the last one whose gradient it applies.
     """
@@ -51,42 +55,72 @@ class ScheduleError(ValueError):
 
 @dataclass(frozen=True)
 class Schedule:
-    """What every worker does in one step, in order.
+    """What every worker does in one cycle, in order.
+
+    ``print(schedule)`` shows it as a grid, which `Schedule.parse` reads back.
+
+    Example:
+        >>> schedule = Schedule.parse('''
+        ... worker 0: 0F0 0F1     0B0 0B1 0U1
+        ... worker 1:     1F0 1B0 1F1 1B1 1U1
+        ... ''')
+        >>> schedule.num_stages, schedule.num_microbatches
+        (2, 2)
 
     Attributes:
         name: the algorithm's name.
         num_stages: number of stages.
         num_microbatches: microbatches in a minibatch, m.
-        workers: for each worker its actions; microbatches count from the step's first one. Every
-            stage has one update for each minibatch.
+        workers: for each worker its actions; microbatches count from the cycle's first one. A
+            worker may run several stages, and a stage may be on several workers, its replicas,
+            which take its microbatches in turns.
+        num_minibatches: minibatches in a cycle.
     """
 
     name: str
     num_stages: int
     num_microbatches: int
     workers: tuple[tuple[Action, ...], ...]
+    num_minibatches: int = 1
 
     def __post_init__(self) -> None:
-        for what, count in (("stages", self.num_stages), ("microbatches", self.num_microbatches)):
+        counts = {
+            "stages": self.num_stages,
+            "microbatches": self.num_microbatches,
+            "minibatches": self.num_minibatches,
+        }
+        for what, count in counts.items():
             if count < 1:
                 raise ScheduleError(f"got {count} {what}; expected at least one.")
-        for action in self.actions:
-            if action.kind not in ("F", "B", "U"):
-                raise ScheduleError(f"unknown action {action}; expected a kind of F, B or U.")
-            if not 0 <= action.stage < self.num_stages:
-                raise ScheduleError(
-                    f"{action} names stage {action.stage}; expected 0 to {self.num_stages - 1}."
-                )
-            lowest = 0 if action.kind == "F" else -(10**6)
-            if not lowest <= action.microbatch < self.num_microbatches:
-                raise ScheduleError(
-                    f"{action} names microbatch {action.microbatch} of a step that brings "
-                    f"{self.num_microbatches}; a forward takes one of these, a backward or an "
-                    "update one of these or an earlier one (a negative number)."
-                )
+        kinds, stages, brought = frozenset("FBIWU"), self.num_stages, self.cycle
+        for kind, stage, microbatch in self.actions:
+            if kind not in kinds or not 0 <= stage < stages or microbatch >= brought:
+                self._refuse(Action(kind, stage, microbatch))
+            if microbatch < (0 if kind == "F" else -(10**6)):
+                self._refuse(Action(kind, stage, microbatch))
+
+    def _refuse(self, action: Action) -> None:
+        if action.kind not in ("F", "B", "I", "W", "U"):
+            raise ScheduleError(f"unknown action {action}; expected a kind of F, B, I, W or U.")
+        if not 0 <= action.stage < self.num_stages:
+            raise ScheduleError(
+                f"{action} names stage {action.stage}; expected 0 to {self.num_stages - 1}."
+            )
+        raise ScheduleError(
+            f"{action} names microbatch {action.microbatch} of a cycle that brings {self.cycle}; a "
+            "forward takes one of these, any other action one of these or an earlier one (a "
+            "negative number)."
+        )
 
     def __str__(self) -> str:
-        return f"{self.name}\n{draw(self.workers)}"
+        from pdjax.schedules.text import to_text
+
+        return to_text(self)
+
+    @property
+    def cycle(self) -> int:
+        """Number of microbatches that a cycle brings."""
+        return self.num_microbatches * self.num_minibatches
 
     @cached_property
     def actions(self) -> tuple[Action, ...]:
@@ -94,36 +128,89 @@ class Schedule:
         return tuple(action for worker in self.workers for action in worker)
 
     @cached_property
+    def columns(self) -> Columns:
+        """The actions of all workers as arrays."""
+        return Columns.of(self.workers)
+
+    @property
     def flushes(self) -> bool:
-        """Whether every microbatch is done with when its step ends (a synchronous schedule)."""
-        return self.lag == 0
+        """Whether every minibatch is done with before the next one (a synchronous schedule)."""
+        return self.lag == 0 and self.num_minibatches == 1
 
     @cached_property
     def lag(self) -> int:
-        """How many steps back the actions reach."""
+        """How many cycles back the actions reach."""
         lowest = min((action.microbatch for action in self.actions), default=0)
-        return -(lowest // self.num_microbatches)
+        return -(lowest // self.cycle)
 
-    def worker_of(self, stage: int) -> int:
-        """The worker that runs `stage`."""
+    @cached_property
+    def holders(self) -> tuple[tuple[int, ...], ...]:
+        """For each stage the workers that run it."""
+        found: list[list[int]] = [[] for _ in range(self.num_stages)]
         for number, worker in enumerate(self.workers):
-            if any(action.stage == stage for action in worker):
-                return number
-        raise ScheduleError(f"no worker runs stage {stage}.")
+            for stage in sorted({action.stage for action in worker}):
+                found[stage].append(number)
+        return tuple(map(tuple, found))
 
-    def unroll(self, num_steps: int) -> tuple[tuple[Action, ...], ...]:
-        """Each worker's actions for `num_steps` steps and the drain after them.
+    @property
+    def replicas(self) -> tuple[int, ...]:
+        """For each stage the number of workers that run it."""
+        return tuple(map(len, self.holders))
 
-        Microbatches are numbered from the first one of the first step.
+    def worker_of(self, stage: int, microbatch: int = 0) -> int:
+        """The worker that runs `stage` for a microbatch: of several, they take turns."""
+        holders = self.holders[stage]
+        if not holders:
+            raise ScheduleError(f"no worker runs stage {stage}.")
+        return holders[microbatch % len(holders)]
+
+    def stages_of(self, worker: int) -> tuple[int, ...]:
+        """The stages that a worker runs, in ascending order."""
+        return tuple(stage for stage in range(self.num_stages) if worker in self.holders[stage])
+
+    def unrolled(self, num_minibatches: int) -> Columns:
+        """What `unroll` writes out, as arrays."""
+        return self.columns.repeated(num_minibatches * self.num_microbatches, self.cycle, self.lag)
+
+    def unroll(self, num_minibatches: int) -> tuple[tuple[Action, ...], ...]:
+        """Each worker's actions for `num_minibatches` minibatches and the drain after them.
+
+        Microbatches are numbered from the first one of the first minibatch.
         """
-        fed = num_steps * self.num_microbatches
+        rows = self.unrolled(num_minibatches).rows()
+        return tuple(tuple(map(Action._make, row)) for row in rows)
 
-        def written_out(worker: Iterable[Action]) -> tuple[Action, ...]:
-            shifts = [step * self.num_microbatches for step in range(num_steps + self.lag)]
-            actions = (action.shifted(shift) for shift in shifts for action in worker)
-            return tuple(action for action in actions if 0 <= action.microbatch < fed)
+    @classmethod
+    def parse(cls, text: str) -> Schedule:
+        """Reads a schedule from the grid that ``str(schedule)`` is, or one written by hand.
 
-        return tuple(written_out(tuple(worker)) for worker in self.workers)
+        Only the order of a worker's actions counts, not their columns. The first line may be left
+        out, and with it what can be told from the actions.
+
+        Raises:
+            ScheduleError: if there is something else in it; the text names the line.
+        """
+        from pdjax.schedules.text import from_text
+
+        return from_text(text)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Schedule:
+        """Reads a schedule from a text file.
+
+        Raises:
+            ValueError: if there is no such file, or something else in it.
+        """
+        try:
+            return cls.parse(Path(path).read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"the schedule {str(path)!r} cannot be read: {error}.") from error
+        except ScheduleError as error:
+            raise ScheduleError(f"{path}: {error}") from None
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the grid to a text file."""
+        Path(path).write_text(f"{self}\n")
 
     def to_json(self) -> str:
         """The schedule as JSON, actions as text."""
@@ -131,67 +218,39 @@ class Schedule:
             "name": self.name,
             "num_stages": self.num_stages,
             "num_microbatches": self.num_microbatches,
+            "num_minibatches": self.num_minibatches,
             "workers": [[str(action) for action in worker] for worker in self.workers],
         }
         return json.dumps(value)
+
+    @classmethod
+    def from_json(cls, text: str) -> Schedule:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ScheduleError: if it is something else.
+        """
+        from pdjax.schedules.text import read_action
+
+        try:
+            value: dict[str, Any] = json.loads(text)
+            workers = tuple(tuple(map(read_action, worker)) for worker in value.pop("workers"))
+            return cls(**value, workers=workers)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ScheduleError(f"this is no schedule in JSON: {error!r}.") from error
 
 
 def inputs_of(action: Action, num_stages: int) -> list[Action]:
     """The actions whose results an action needs, whoever runs them.
 
-    An update needs the backward passes of its own stage; that is a matter of its worker's order.
+    Where the backward pass of the next stage is divided, its input part is what a stage waits for;
+    it stands here as ``B``. An update needs the gradients of its own stage; that is a matter of
+    its worker's order.
     """
-    stage, microbatch = action.stage, action.microbatch
-    if action.kind == "F":
+    kind, stage, microbatch = action
+    if kind == "F":
         return [Action("F", stage - 1, microbatch)] if stage > 0 else []
-    if action.kind == "B":
+    if kind in ("B", "I"):
         later = [Action("B", stage + 1, microbatch)] if stage + 1 < num_stages else []
         return [Action("F", stage, microbatch), *later]
-    return [Action("B", stage, microbatch)]
-
-
-def draw(workers: Sequence[Sequence[Action]], mark: Action | None = None) -> str:
-    """Draws lists of actions as a grid: a row for each worker, a column for each time slot.
-
-    Every action takes one slot and starts as soon as what it needs is done. Actions that never
-    can start stand after a bar. `mark` is set between arrows.
-    """
-    columns = _columns(workers)
-    end = 1 + max(columns.values(), default=-1)
-    rows = []
-    for worker in workers:
-        cells = [""] * end
-        stuck = []
-        for action in worker:
-            text = f">{action}<" if action == mark else str(action)
-            if action in columns:
-                cells[columns[action]] = text
-            else:
-                stuck.append(text)
-        rows.append(cells + (["|", *stuck] if stuck else []))
-    width = max((len(cell) for row in rows for cell in row), default=0)
-    lines = [" ".join(cell.ljust(width) for cell in row).rstrip() for row in rows]
-    return "\n".join(f"worker {number}: {line}" for number, line in enumerate(lines))
-
-
-def _columns(workers: Sequence[Sequence[Action]]) -> dict[Action, int]:
-    """The time slot of every action that can run, if each takes one slot."""
-    everything = {action for worker in workers for action in worker}
-    num_stages = 1 + max((action.stage for action in everything), default=0)
-    columns: dict[Action, int] = {}
-    position, free_at = [0] * len(workers), [0] * len(workers)
-    progress = True
-    while progress:
-        progress = False
-        for number, worker in enumerate(workers):
-            while position[number] < len(worker):
-                action = worker[position[number]]
-                needs = [a for a in inputs_of(action, num_stages) if a in everything]
-                if any(need not in columns for need in needs):
-                    break
-                ready = max((columns[need] + 1 for need in needs), default=0)
-                columns[action] = max(ready, free_at[number])
-                free_at[number] = columns[action] + 1
-                position[number] += 1
-                progress = True
-    return columns
+    return [Action(cast(ActionKind, "I" if kind == "W" else "B"), stage, microbatch)]

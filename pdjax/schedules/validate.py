@@ -1,179 +1,220 @@
 """Whether a schedule can be run, and does what a training step must do.
 
-`validate` looks at the schedule written out over enough steps that its beginning, its steady state
-and its drain all occur. What it accepts, the executor runs as it stands. Nothing here imports JAX.
+`validate` looks at the schedule written out over enough minibatches that its beginning, its steady
+state and its drain all occur. What it accepts, the executor runs as it stands. Nothing here imports
+JAX.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from typing import Any
 
-from pdjax.schedules.schedule import Action, Schedule, ScheduleError, draw, inputs_of
-from pdjax.weights import WeightRule, versions_read
+import numpy as np
 
-Workers = Sequence[Sequence[Action]]
+from pdjax.schedules.columns import KINDS, B, F, I, U, W
+from pdjax.schedules.dispatch import dispatch_order
+from pdjax.schedules.schedule import Action, ActionKind, Schedule, ScheduleError
+from pdjax.schedules.text import failure
+from pdjax.schedules.versions import delay_of, versions_read
+from pdjax.weights import LATEST, WeightRule
 
 
 def validate(schedule: Schedule, rule: WeightRule) -> None:
     """Checks that `schedule` can run under the weight rule `rule`.
 
-    Every stage is on one worker; every microbatch passes forward and backward through every
-    stage once, forward first; every stage has one update for each minibatch, after all its
-    gradients were computed; no worker waits for ever; both passes of a microbatch read the same
-    version of the weights.
+    Every microbatch passes forward through every stage once, and then backward, either in one
+    pass or in an input and a weight part; all on one worker. A stage is on one worker, or its
+    replicas take microbatches in turns. Every stage has one update for each minibatch (of an
+    asynchronous schedule with replicas, for each round of them), after all its gradients were
+    computed. No worker waits for ever. All passes of a microbatch read the same version of the
+    weights, which is there.
 
     Raises:
         ScheduleError: with the schedule drawn as a grid and the failing action marked.
     """
-    num_steps = schedule.lag + 2
-    workers = schedule.unroll(num_steps)
-    _check_stages(schedule)
-    _check_complete(schedule, workers, num_steps * schedule.num_microbatches)
-    for worker in workers:
-        _check_order(worker, workers)
-        _check_updates(worker, workers, schedule.num_microbatches)
-        _check_versions(worker, workers, rule)
-    _check_progress(schedule, workers)
-    dispatch_order(schedule)
+    Check(schedule, rule).run()
 
 
-def dispatch_order(schedule: Schedule) -> tuple[Action, ...]:
-    """The actions of one step in an order in which a single thread can dispatch them.
+class Check:
+    """A schedule that is being validated."""
 
-    It keeps the order of every worker's list, and no action comes before one whose result it
-    needs. Taken step after step it is also the order in which the executor drains.
+    def __init__(self, schedule: Schedule, rule: WeightRule) -> None:
+        self.schedule = schedule
+        self.rule = rule
+        steady = 0 if schedule.flushes and rule == LATEST else 1
+        self.fed = schedule.cycle * (schedule.lag + 1 + steady)
+        self.columns = schedule.columns.repeated(self.fed, schedule.cycle, schedule.lag)
+        self.position = np.arange(len(self.columns))
 
-    Raises:
-        ScheduleError: if an action needs a result of a later step, or actions wait in a circle.
-    """
-    m = schedule.num_microbatches
-    present = {action for worker in schedule.workers for action in worker}
-    position = [0] * len(schedule.workers)
-    order: list[Action] = []
-    done: set[Action] = set()
-    while len(order) < len(schedule.actions):
-        before = len(order)
-        for number, worker in enumerate(schedule.workers):
-            if position[number] == len(worker):
-                continue
-            action = worker[position[number]]
-            if all(_arrives(need, present, done, m) for need in _needs(action, schedule)):
-                order.append(action)
-                done.add(action)
-                position[number] += 1
-        if len(order) == before:
-            stuck = next(
-                w[p] for w, p in zip(schedule.workers, position, strict=True) if p < len(w)
+    def run(self) -> None:
+        """Raises ScheduleError at the first fault."""
+        self._stages()
+        self._complete()
+        self._places()
+        self._order()
+        self._updates()
+        dispatch_order(self.schedule)
+        self._versions()
+
+    # -------- one check each
+
+    def _stages(self) -> None:
+        for stage, holders in enumerate(self.schedule.holders):
+            if not holders:
+                raise ScheduleError(
+                    f"the schedule cannot be run: no worker runs stage {stage}.\n{self.schedule}"
+                )
+
+    def _complete(self) -> None:
+        """Every microbatch has F and, on every stage, B or else I and W; each once."""
+        c, shape = self.columns, (len(KINDS), self.schedule.num_stages, self.fed)
+        slot = np.ravel_multi_index((c.kind, c.stage, c.microbatch), shape)
+        counts = np.bincount(slot, minlength=int(np.prod(shape))).reshape(shape)
+        passes = counts[[F, B, I, W]]
+        if (passes > 1).any():
+            self._fail_at("is repeated", passes > 1)
+        mixed = (counts[B] > 0) & ((counts[I] > 0) | (counts[W] > 0))
+        if mixed.any():
+            stage, microbatch = np.argwhere(mixed)[0].tolist()
+            self._fail(
+                f"{Action('B', stage, microbatch)} is mixed with I or W of the same microbatch; "
+                "expected either one backward pass or its two parts",
+                Action("B", stage, microbatch),
             )
-            raise _failure(f"{stuck} waits for ever within a step", schedule.workers, stuck)
-    return tuple(order)
+        divided = (counts[I] > 0) | (counts[W] > 0)
+        expected = np.stack([np.ones_like(divided), ~divided, divided, divided])
+        if (passes < expected).any():
+            self._fail_at("is missing", passes < expected)
 
-
-def _needs(action: Action, schedule: Schedule) -> list[Action]:
-    return inputs_of(action, schedule.num_stages)
-
-
-def _arrives(need: Action, present: set[Action], done: set[Action], m: int) -> bool:
-    """Whether a result is there: made earlier in this step, or in an earlier step."""
-    if need in present:
-        return need in done
-    steps_back = (m - 1 - need.microbatch) // m
-    return any(need.shifted(m * steps) in present for steps in range(1, steps_back + 1))
-
-
-def _check_stages(schedule: Schedule) -> None:
-    for stage in range(schedule.num_stages):
-        holders = [
-            number
-            for number, worker in enumerate(schedule.workers)
-            if any(action.stage == stage for action in worker)
-        ]
-        if len(holders) != 1:
-            raise ScheduleError(
-                f"stage {stage} is on {len(holders)} workers {holders}; expected one.\n{schedule}"
-            )
-
-
-def _check_complete(schedule: Schedule, workers: Workers, fed: int) -> None:
-    counts = Counter(action for worker in workers for action in worker)
-    for stage in range(schedule.num_stages):
-        for microbatch in range(fed):
-            for kind in ("F", "B"):
-                action = Action(kind, stage, microbatch)
-                if counts[action] != 1:
-                    what = "is missing" if not counts[action] else "is repeated"
-                    raise _failure(f"{action} {what}", workers, action)
-
-
-def _check_order(worker: Sequence[Action], workers: Workers) -> None:
-    done: set[Action] = set()
-    for action in worker:
-        forward = Action("F", action.stage, action.microbatch)
-        if action.kind == "B" and forward not in done:
-            raise _failure(f"{action} comes before {forward}", workers, action)
-        done.add(action)
-
-
-def _check_updates(worker: Sequence[Action], workers: Workers, num_microbatches: int) -> None:
-    """Every update applies the gradients of one whole minibatch."""
-    waiting: dict[int, list[Action]] = {}
-    for action in worker:
-        gradients = waiting.setdefault(action.stage, [])
-        if action.kind == "B":
-            gradients.append(action)
-        elif action.kind == "U":
-            if Action("B", action.stage, action.microbatch) not in gradients:
-                raise _failure(f"{action} comes before its gradient", workers, action)
-            applied = sorted(gradient.microbatch for gradient in gradients)
-            first = action.microbatch // num_microbatches * num_microbatches
-            if applied != list(range(first, first + num_microbatches)):
-                raise _failure(
-                    f"{action} applies the gradients of the microbatches {applied}; expected one "
-                    f"update for each minibatch, of all its {num_microbatches} microbatches",
-                    workers,
+    def _places(self) -> None:
+        """All passes of a microbatch are on one worker; replicas take turns."""
+        c = self.columns
+        passes = self.position[c.kind != U]
+        replicas = np.array(self.schedule.replicas)
+        for stage in np.flatnonzero(replicas > 1).tolist():
+            mine = passes[c.stage[passes] == stage]
+            turn = c.microbatch[mine] % replicas[stage]
+            holders = np.array(self.schedule.holders[stage])
+            wrong = np.flatnonzero(holders[turn] != c.worker[mine])
+            if wrong.size:
+                action = self._action(mine[wrong[0]])
+                self._fail(
+                    f"{action} is on worker {c.worker[mine[wrong[0]]]}, but stage {stage} is on "
+                    f"the workers {holders.tolist()}; expected one worker, or that they take its "
+                    f"microbatches in turns (this one on worker {holders[turn[wrong[0]]]})",
                     action,
                 )
-            gradients.clear()
-    for gradients in waiting.values():
-        if gradients:
-            raise _failure(
-                f"no update applies the gradient of {gradients[0]}", workers, gradients[0]
+
+    def _order(self) -> None:
+        """On its worker F comes before B or I, and I before W."""
+        c = self.columns
+        where = self._positions()
+        for first, later in ((F, B), (F, I), (I, W)):
+            at = self.position[c.kind == later]
+            before = where[first, c.stage[at], c.microbatch[at]]
+            late = np.flatnonzero(before > at)
+            if late.size:
+                action = self._action(at[late[0]])
+                earlier = Action(_kind(first), action.stage, action.microbatch)
+                self._fail(f"{action} comes before {earlier}, which it waits for", action)
+
+    def _updates(self) -> None:
+        """Every update applies all gradients of one minibatch or round, on every replica."""
+        c = self.columns
+        groups = np.asarray(c.per_update(self.fed))
+        for stage, holders in enumerate(self.schedule.holders):
+            mine = c.stage == stage
+            size = self._update_size(stage, int(groups[stage]))
+            for worker in holders:
+                here = self.position[mine & (c.worker == worker)]
+                self._updates_of(here, size)
+
+    def _update_size(self, stage: int, counted: int) -> int:
+        """Microbatches that an update of a stage applies: of a minibatch, or of a round."""
+        size = self.schedule.num_microbatches
+        turns = len(self.schedule.holders[stage])
+        return turns if size == 1 and counted == turns and not self.schedule.flushes else size
+
+    def _updates_of(self, here: np.ndarray, size: int) -> None:
+        """Checks the updates of one stage on one worker, whose actions are at `here`."""
+        c = self.columns
+        gradients = here[np.isin(c.kind[here], (B, W))]
+        updates = here[c.kind[here] == U]
+        due = c.microbatch[gradients] // size  # the update that is to apply each gradient
+        applying = np.searchsorted(updates, gradients)
+        early = np.flatnonzero(applying > due)
+        late = np.flatnonzero(applying < due)
+        last = np.minimum(np.arange(size, self.fed + size, size), self.fed) - 1
+        if early.size:
+            gradient, index = gradients[early[0]], applying[early[0]] - 1
+            update = self._action(updates[index])
+            text = f"{update} comes before its gradient, that of {self._action(gradient)}"
+        elif late.size:
+            update = self._action(gradients[late[0]])
+            text = f"{update} comes before the update of the minibatch before it"
+        elif len(updates) < len(last):
+            update = self._action(gradients[due == len(updates)][-1])
+            text = f"no update applies the gradient of {update}"
+        elif len(updates) > len(last) or (c.microbatch[updates] != last).any():
+            wrong = [*(c.microbatch[updates[: len(last)]] != last), True].index(True)
+            update = self._action(updates[wrong])
+            text = f"{update} is repeated, or not of the last microbatch that it applies"
+        else:
+            return
+        each = "each minibatch" if size == self.schedule.num_microbatches else "each round"
+        self._fail(
+            f"{text}; expected one update for {each}, of all its {size} microbatches", update
+        )
+
+    def _versions(self) -> None:
+        if self.rule.forward == "entry" and len(set(self.schedule.replicas)) > 1:
+            raise ScheduleError(
+                f"the weight rule {self.rule.name!r} needs stages with equal numbers of replicas; "
+                f"got {self.schedule.replicas}. Use the weight rule 'stash'."
             )
-
-
-def _check_versions(worker: Sequence[Action], workers: Workers, rule: WeightRule) -> None:
-    for read in versions_read(worker, rule):
-        if read.forward != read.backward:
-            action = Action("B", read.stage, read.microbatch)
-            raise _failure(
-                f"{action} would read version {read.backward} of the weights, its forward read "
-                f"version {read.forward}; use the weight rule 'stash'",
-                workers,
+        delay = delay_of(self.rule, self.schedule)
+        read = versions_read(self.columns, self.rule, self.schedule.num_microbatches, delay)
+        if read.missing.any():
+            at = int(np.argmax(read.missing))
+            back = self._action(read.at[at])
+            action = Action("F", back.stage, back.microbatch)
+            self._fail(
+                f"{action} would read version {read.forward[at]} of the weights before an update "
+                f"makes it, under the weight rule {self.rule.name!r}",
+                action,
+            )
+        differs = read.forward != read.backward
+        if differs.any():
+            at = int(np.argmax(differs))
+            action = self._action(read.at[at])
+            self._fail(
+                f"{action} would read version {read.backward[at]} of the weights, its forward read "
+                f"version {read.forward[at]}; use the weight rule 'stash'",
                 action,
             )
 
+    # -------- help
 
-def _check_progress(schedule: Schedule, workers: Workers) -> None:
-    done: set[Action] = set()
-    position = [0] * len(workers)
-    moved = True
-    while moved:
-        moved = False
-        for number, worker in enumerate(workers):
-            while position[number] < len(worker):
-                action = worker[position[number]]
-                if not done.issuperset(_needs(action, schedule)):
-                    break
-                done.add(action)
-                position[number] += 1
-                moved = True
-    for number, worker in enumerate(workers):
-        if position[number] < len(worker):
-            action = worker[position[number]]
-            missing = [str(need) for need in _needs(action, schedule) if need not in done]
-            raise _failure(f"{action} waits for ever for {', '.join(missing)}", workers, action)
+    def _positions(self) -> np.ndarray:
+        """Where the action of each kind, stage and microbatch is, or -1."""
+        c = self.columns
+        where = np.full((len(KINDS), self.schedule.num_stages, self.fed), -1)
+        where[c.kind, c.stage, c.microbatch] = self.position
+        return where
+
+    def _action(self, at: Any) -> Action:
+        c = self.columns
+        return Action(_kind(int(c.kind[at])), int(c.stage[at]), int(c.microbatch[at]))
+
+    def _fail_at(self, problem: str, wrong: np.ndarray) -> None:
+        group, stage, microbatch = np.argwhere(wrong)[0].tolist()
+        action = Action(_kind((F, B, I, W)[group]), stage, microbatch)
+        self._fail(f"{action} {problem}", action)
+
+    def _fail(self, problem: str, action: Action) -> None:
+        rows = [tuple(map(Action._make, row)) for row in self.columns.rows()]
+        raise failure(problem, rows, action)
 
 
-def _failure(problem: str, workers: Workers, action: Action) -> ScheduleError:
-    return ScheduleError(f"the schedule cannot be run: {problem}.\n{draw(workers, mark=action)}")
+def _kind(code: int) -> ActionKind:
+    return KINDS[code]  # type: ignore[return-value]  # one letter of the five
