@@ -16,6 +16,7 @@ from pdjax.planner import Plan
 from pdjax.profile import Profile
 from pdjax.profile_files import load_profile
 from pdjax.schedules import Schedule, find_algorithm
+from pdjax.schedules.chunks import num_workers_of
 from pdjax.topology import Topology, format_bytes
 
 _KEY_NAMES = frozenset(
@@ -132,46 +133,98 @@ def check_machines(plan: Any, topology: Topology | None, profile: Profile | None
                 )
 
 
-def choose_placements(
-    schedule: str | Schedule,
-    num_stages: int | None,
-    devices: Sequence[Any] | None,
-    plan: Plan | tuple[str, ...] | str,
-    remat: Any,
-) -> tuple[tuple[Sharding, ...], int | None]:
-    """Where stages may be placed, and how many there are; None if the planner is to say.
+def read_schedule(schedule: str | Schedule | PathLike[str]) -> str | Schedule:
+    """The name of an algorithm, or a schedule, read from a file if that is what is given.
 
-    If the number is known these are the first of the devices, but for a plan that names its
-    workers.
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(schedule, PathLike) or (isinstance(schedule, str) and schedule.endswith(".txt")):
+        return Schedule.load(schedule)
+    if isinstance(schedule, str):
+        find_algorithm(schedule)
+    elif not isinstance(schedule, Schedule):
+        raise ValueError(
+            f"schedule={schedule!r}; expected a name such as 'one_f_one_b', the path of a .txt "
+            "file, or a Schedule such as pdjax.one_f_one_b(num_stages=4, num_microbatches=8)."
+        )
+    return schedule
+
+
+def choose_num_chunks(schedule: str | Schedule, wish: int | None) -> int:
+    """How many stages each worker runs under a schedule given by its name; 1 under any other.
+
+    Raises:
+        ValueError: if the schedule is not for so many.
+    """
+    if isinstance(schedule, Schedule):
+        if wish is not None:
+            raise ValueError(
+                f"num_chunks={wish}, but the schedule says which stages a worker runs."
+            )
+        return 1
+    algorithm = find_algorithm(schedule)
+    chunks = wish or algorithm.num_chunks
+    if wish is not None and wish < 1:
+        raise ValueError(f"num_chunks={wish}; expected at least 1.")
+    algorithm.make(chunks, 1, wish)
+    return chunks
+
+
+def stage_wishes(
+    schedule: str | Schedule, num_stages: int | None, plan: Plan | tuple[str, ...] | str, remat: Any
+) -> int | None:
+    """The number of stages that the arguments ask for, or None.
+
+    Raises:
+        ValueError: if they disagree.
     """
     wishes: dict[str, int | None] = {"num_stages": num_stages, "remat": _num_wishes(remat)}
     if isinstance(schedule, Schedule):
         wishes["the schedule"] = schedule.num_stages
-    elif isinstance(schedule, str):
-        find_algorithm(schedule)
-    else:
-        raise ValueError(
-            f"schedule={schedule!r}; expected a name such as 'one_f_one_b', or a Schedule such as "
-            "pdjax.one_f_one_b(num_stages=4, num_microbatches=8)."
-        )
     if not isinstance(plan, str):
         wishes["the plan"] = plan.num_stages if isinstance(plan, Plan) else len(plan) + 1
     given = {name: count for name, count in wishes.items() if count is not None}
     if len(set(given.values())) > 1:
         raise ValueError(f"these disagree about the number of stages: {given}.")
+    return next(iter(given.values()), None)
+
+
+def choose_placements(
+    schedule: str | Schedule,
+    num_stages: int | None,
+    num_chunks: int,
+    devices: Sequence[Any] | None,
+    plan: Plan | tuple[str, ...] | str,
+) -> tuple[tuple[Sharding, ...], int | None]:
+    """Where workers may be placed, and how many stages there are; None if the planner is to say.
+
+    If the number is known these are the first of the devices, but for a plan that names its
+    workers.
+
+    Raises:
+        ValueError: if there are too few devices.
+    """
     available = _available(devices)
-    if not given and plan == "auto":
+    if num_stages is None and plan == "auto" and num_chunks == 1:
         return tuple(map(_placement, available)), None
-    count = next(iter(given.values()), len(available))
-    if not 1 <= count <= len(available):
+    count = len(available) * num_chunks if num_stages is None else num_stages
+    if isinstance(schedule, Schedule):
+        workers = len(schedule.workers)
+    else:
+        workers = num_workers_of(schedule, count, num_chunks)
+    if not 1 <= workers <= len(available):
+        fewer = len(available) * num_chunks
+        stages = f"{count} stages" + (f", {num_chunks} on each device," if num_chunks > 1 else "")
+        many = "as many" if workers == count else str(workers)
         raise ValueError(
-            f"{count} stages need as many devices, but there are {len(available)}: {available}. "
-            f"Use num_stages={len(available)} or fewer (--num-stages on the command line), or more "
-            "devices. A CPU has as many as you like: set JAX_PLATFORMS=cpu, and call "
-            f"jax.config.update('jax_num_cpu_devices', {count}) before JAX is first used."
+            f"{stages} need {many} devices, but there are {len(available)}: {available}. Use "
+            f"num_stages={fewer} or fewer (--num-stages on the command line), or more devices. A "
+            "CPU has as many as you like: set JAX_PLATFORMS=cpu, and call "
+            f"jax.config.update('jax_num_cpu_devices', {workers}) before JAX is first used."
         )
     if not isinstance(plan, Plan) and plan != "auto":
-        available = available[:count]
+        available = available[:workers]
     return tuple(map(_placement, available)), count
 
 

@@ -10,13 +10,14 @@ import jax
 import optax
 
 from pdjax.arguments import for_each_stage
-from pdjax.automatic import Machines, automatic_plan
+from pdjax.automatic import Machines, automatic_plan, measured_profile
 from pdjax.batches import BatchSpec
 from pdjax.bookkeeping import inseparable_by_state, inseparable_by_ties
 from pdjax.differentiate import Remat
 from pdjax.errors import PdjaxWarning
 from pdjax.graph import LayerGraph, model_fingerprint
 from pdjax.planner import Plan, PlanOptions, balanced_plan, manual_plan
+from pdjax.profiler import check_profile
 from pdjax.schedules import ALGORITHMS, Schedule
 from pdjax.settings import Settings
 
@@ -41,6 +42,8 @@ def make_plan(
         stages = settings.num_stages or len(settings.placements)
         return balanced_plan(names, work, cut_bytes, stages, together)
     count = settings.num_microbatches or 1
+    if settings.chunks > 1:
+        return _equal_chunks(settings, graph, spec.size // count, microbatch)
     options = PlanOptions(
         schedule=_planned_as(settings),
         num_microbatches=count,
@@ -52,6 +55,21 @@ def make_plan(
     devices = tuple(next(iter(p.device_set)) for p in settings.placements)
     machines = Machines(devices, settings.topology, settings.profile)
     return automatic_plan(graph, machines, options, spec.size // count, microbatch)
+
+
+def _equal_chunks(settings: Settings, graph: LayerGraph, batch_size: int, microbatch: Any) -> Plan:
+    """Stages that take equally long by what is measured: the planner knows one stage a worker."""
+    device = next(iter(settings.placements[0].device_set))
+    profile = settings.profile or measured_profile(graph, device, batch_size, microbatch)
+    check_profile(profile, graph, batch_size=batch_size, device=device)
+    assert settings.num_stages is not None, "known where workers run several stages"
+    return balanced_plan(
+        graph.names,
+        [layer.forward_s + layer.backward_s for layer in profile.layers],
+        [layer.cut_bytes for layer in graph.layers],
+        settings.num_stages,
+        inseparable_by_state(graph),
+    )
 
 
 def check_plan(plan: Plan, graph: LayerGraph) -> None:

@@ -218,7 +218,8 @@ def _trace_joint(
     sends = [stage.sends[at] for at in gradient_sends]
     shapes = [[jaxprs.shape_of(var) for var in group] for group in (given, [*losses, *sends])]
     program, _ = jaxprs.trace(joint, *shapes)
-    return program, sizes
+    # Closed-over arrays are inputs; those left are of nested functions that were opened only now.
+    return jaxprs.bake(program), sizes
 
 
 # ---------------------------------------------------------------- the partition

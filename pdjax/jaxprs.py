@@ -13,7 +13,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ Atom = jex.Var | jex.Literal
 Equation = jex.JaxprEqn
 
 _INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
+_REMATERIALISED = frozenset({"checkpoint", "remat", "remat2"})
 _HEAVY = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general", "scan", "while"})
 _CHEAP = frozenset(
     """
@@ -66,10 +67,13 @@ class FlatProgram:
 
 
 class _Inliner:
-    """Copies a jaxpr equation by equation, with fresh variables, descending into nested jit."""
+    """Copies a jaxpr equation by equation, with fresh variables, descending into nested ones."""
 
-    def __init__(self, branches_as_selects: bool) -> None:
+    def __init__(
+        self, branches_as_selects: bool = False, inlined: frozenset[str] = _INLINED
+    ) -> None:
         self.branches_as_selects = branches_as_selects
+        self.inlined = inlined
         self.equations: list[Equation] = []
         self.paths: list[str] = []
         self.consts: dict[int, tuple[Var, Any]] = {}
@@ -86,7 +90,7 @@ class _Inliner:
         for equation in jaxpr.eqns:
             arguments = [read(atom) for atom in equation.invars]
             path = _join(scope, scope_path(equation))
-            if equation.primitive.name in _INLINED and not _has_shardings(equation):
+            if equation.primitive.name in self.inlined and not _has_shardings(equation):
                 results = self.run(_called(equation), arguments, path)
             elif equation.primitive.name == "cond" and self.branches_as_selects:
                 results = self._select(equation, arguments, path)
@@ -132,6 +136,67 @@ def flatten(closed: jex.ClosedJaxpr, *, branches_as_selects: bool = False) -> Fl
     )
 
 
+def inline(
+    equations: Sequence[Equation], outvars: Sequence[Atom]
+) -> tuple[tuple[Equation, ...], list[Atom]]:
+    """Inlines nested `jit` and `jax.checkpoint`; loops and branches stay one equation each.
+
+    Args:
+        equations: a program.
+        outvars: values that are wanted of it.
+
+    Returns:
+        An equal program that reads the same variables and makes others, and what `outvars` are
+        called there.
+    """
+    reads = free_variables(equations, outvars)
+    inliner = _Inliner(inlined=_INLINED | _REMATERIALISED)
+    names = inliner.run(_closed(reads, equations, outvars), reads, "")
+    return _baked(inliner.equations, names, dict(inliner.consts.values()))
+
+
+def bake(program: FlatProgram) -> FlatProgram:
+    """The same program with the arrays that it closed over as literals of its equations."""
+    constants = dict(zip(program.constvars, program.consts, strict=True))
+    equations, outvars = _baked(program.equations, program.outvars, constants)
+    return replace(program, constvars=(), consts=(), equations=equations, outvars=tuple(outvars))
+
+
+def _baked(
+    equations: Sequence[Equation], outvars: Sequence[Atom], constants: Mapping[Var, Any]
+) -> tuple[tuple[Equation, ...], list[Atom]]:
+    names: dict[Var, Atom] = {
+        var: jex.Literal(value, aval(var)) for var, value in constants.items()
+    }
+    return tuple(renamed(equation, names) for equation in equations), _read(outvars, names)
+
+
+def _read(atoms: Sequence[Atom], names: Mapping[Var, Atom]) -> list[Atom]:
+    """What `atoms` are called."""
+    return [names.get(atom, atom) if isinstance(atom, jex.Var) else atom for atom in atoms]
+
+
+def merge(
+    equations: Sequence[Equation], outvars: Sequence[Atom]
+) -> tuple[tuple[Equation, ...], list[Atom]]:
+    """Runs equations that are equal once; returns what `inline` does.
+
+    Those that are equal but for nested programs of their own stay apart.
+    """
+    names: dict[Var, Atom] = {}
+    known: dict[Any, list[Equation]] = {}
+    for equation in equations:
+        new = renamed(equation, names)
+        alike = known.setdefault((new.primitive, *map(_identity, new.invars)), [])
+        twin = next((old for old in alike if _equal_parameters(old, new)), None)
+        if twin is None or has_effects(new):
+            alike.append(new)
+        else:
+            names |= zip(new.outvars, twin.outvars, strict=True)
+    kept = (renamed(e, names) for e in equations if names.keys().isdisjoint(e.outvars))
+    return tuple(kept), _read(outvars, names)
+
+
 def trace(
     function: Callable[..., Any], *args: Any, branches_as_selects: bool = False
 ) -> tuple[FlatProgram, Any]:
@@ -145,10 +210,16 @@ def as_function(
     invars: Sequence[Var], equations: Sequence[Equation], outvars: Sequence[Atom]
 ) -> Callable[..., list[Any]]:
     """The function that runs `equations` on values for `invars` and returns those of `outvars`."""
+    return jex.jaxpr_as_fun(_closed(invars, equations, outvars))
+
+
+def _closed(
+    invars: Sequence[Var], equations: Sequence[Equation], outvars: Sequence[Atom]
+) -> jex.ClosedJaxpr:
     effects = frozenset().union(*(equation.effects for equation in equations))
     about = jex.DebugInfo("jit", "pdjax_stage", None, None)
     jaxpr = jex.Jaxpr((), list(invars), list(outvars), list(equations), effects, about)
-    return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))
+    return jex.ClosedJaxpr(jaxpr, ())
 
 
 def fresh(aval: Any) -> Var:
@@ -158,12 +229,8 @@ def fresh(aval: Any) -> Var:
 
 def renamed(equation: Equation, names: Mapping[Var, Atom]) -> Equation:
     """`equation` with other variables in the place of those in `names`."""
-
-    def other(atom: Any) -> Any:
-        return atom if isinstance(atom, jex.Literal) else names.get(atom, atom)
-
     return equation.replace(
-        invars=list(map(other, equation.invars)), outvars=list(map(other, equation.outvars))
+        invars=_read(equation.invars, names), outvars=_read(equation.outvars, names)
     )
 
 
@@ -316,6 +383,21 @@ def fingerprint(equations: Sequence[Equation]) -> str:
 def _stable(value: Any) -> str:
     """The text of a parameter without memory addresses."""
     return re.sub(r"0x[0-9a-f]+", "", str(value))
+
+
+def _identity(atom: Atom) -> Any:
+    """What is equal for two reads of one value."""
+    if not isinstance(atom, jex.Literal):
+        return atom
+    value = atom.val
+    return (aval(atom).str_short(), repr(value) if np.ndim(value) == 0 else id(value))
+
+
+def _equal_parameters(one: Equation, other: Equation) -> bool:
+    try:
+        return bool(one.params == other.params)
+    except ValueError:  # of arrays
+        return False
 
 
 def _join(outer: str, inner: str) -> str:

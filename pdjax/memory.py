@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
-from pdjax.runtime.executor import Run
 from pdjax.runtime.passes import Passes
 from pdjax.runtime.placed import Values
+from pdjax.runtime.state import Run
+from pdjax.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,9 @@ class StageMemory:
         stash_bytes: bytes that the stash keeps for one microbatch in flight; 0 if both passes are
             one program.
         peak_in_flight: the most microbatches in flight at once.
+        held_bytes: bytes that wait for the weight part of one microbatch's backward pass, from its
+            input part on; 0 if backward passes are not divided.
+        peak_stash_bytes: the most that the stash held and that waited for weight parts, together.
     """
 
     stage: int
@@ -31,33 +36,76 @@ class StageMemory:
     gradient_bytes: int
     stash_bytes: int
     peak_in_flight: int
+    held_bytes: int
+    peak_stash_bytes: int
 
     @property
     def peak_bytes(self) -> int:
         """Bytes of all versions, the optimizer state, the gradients and the stash."""
         weights = self.weight_bytes * self.peak_versions
         fixed = weights + self.optimizer_bytes + self.gradient_bytes
-        return fixed + self.stash_bytes * self.peak_in_flight
+        return fixed + self.peak_stash_bytes
 
 
 def stage_memory(passes: Passes, run: Run) -> tuple[StageMemory, ...]:
     """What each stage of `run` has held at its peak so far, for batches that `passes` are for."""
-    kinds = [
-        {kind for kind, stage, _ in passes.instructions if stage == index}
-        for index in range(len(run.stages))
-    ]
     return tuple(
         StageMemory(
             stage=index,
-            weight_bytes=_bytes(held.weights),
+            weight_bytes=held.weight_bytes,
             peak_versions=held.peak_versions,
             optimizer_bytes=_bytes(held.optimizer),
-            gradient_bytes=0 if "FBU" in kinds[index] else _bytes(held.weights),
-            stash_bytes=runner.programs.saved_bytes if "F" in kinds[index] else 0,
+            gradient_bytes=gradient_bytes(passes, run, index),
+            stash_bytes=passes.stash_bytes[index] if "F" in passes.kinds[index] else 0,
             peak_in_flight=held.peak_in_flight,
+            held_bytes=passes.held_bytes[index],
+            peak_stash_bytes=held.peak_stash_bytes,
         )
-        for index, (held, runner) in enumerate(zip(run.stages, passes.stages, strict=True))
+        for index, held in enumerate(run.stages)
     )
+
+
+def gradient_bytes(passes: Passes, run: Run, stage: int) -> int:
+    """Bytes of the gradients of a stage; 0 if they are applied where they are made."""
+    return 0 if "FBU" in passes.kinds[stage] else run.stages[stage].weight_bytes
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What was done since `init`, counted while it was dispatched.
+
+    Attributes:
+        actions: for each stage how often it did each kind of action.
+        link_bytes: bytes that each worker sent to each other one, by (source, target).
+        peak_bytes: for each worker the most that it held of its stages: versions of the weights,
+            optimizer state, gradients and stash.
+    """
+
+    actions: tuple[dict[str, int], ...]
+    link_bytes: dict[tuple[int, int], int]
+    peak_bytes: tuple[int, ...]
+
+
+def count(passes: Passes, run: Run, schedule: Schedule) -> Counts:
+    """What `run` counted so far; gradients are those of the last minibatch's programs."""
+    actions = []
+    for state in run.stages:
+        found: Counter[str] = Counter()
+        for kinds, times in state.performed.items():
+            found.update(dict.fromkeys(kinds, times))
+        actions.append(dict(sorted(found.items())))
+    links: Counter[tuple[int, int]] = Counter()
+    for (source, target), size in run.sent_bytes.items():
+        pair = schedule.worker_of(source), schedule.worker_of(target)
+        if pair[0] != pair[1]:
+            links[pair] += size
+    peaks = []
+    for worker, tally in enumerate(run.workers):
+        stages = schedule.stages_of(worker)
+        fixed = sum(_bytes(run.stages[s].optimizer) for s in stages)
+        fixed += sum(gradient_bytes(passes, run, s) for s in stages)
+        peaks.append(fixed + tally.peak_bytes)
+    return Counts(tuple(actions), dict(sorted(links.items())), tuple(peaks))
 
 
 def _bytes(leaves: Values) -> int:

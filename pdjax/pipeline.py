@@ -19,23 +19,27 @@ from pdjax.arguments import (
     check_optimizer,
     check_remat,
     check_rng,
+    choose_num_chunks,
     choose_num_microbatches,
     choose_placements,
     one_of,
     read_plan,
     read_profile,
+    read_schedule,
     read_topology,
+    stage_wishes,
 )
 from pdjax.differentiate import Remat
 from pdjax.errors import BrokenPipelineError, NonFiniteLossError
-from pdjax.memory import StageMemory, stage_memory
+from pdjax.memory import Counts, StageMemory, count, stage_memory
 from pdjax.origins import Origin, gather
 from pdjax.planner import Plan
 from pdjax.prepare import Prepared, profile_model
 from pdjax.profile import Profile
-from pdjax.runtime.executor import Executor, Run
+from pdjax.runtime.executor import Executor
 from pdjax.runtime.placed import Values
 from pdjax.runtime.recorder import Recorder
+from pdjax.runtime.state import Run
 from pdjax.schedules import Schedule
 from pdjax.settings import Settings
 from pdjax.timeline import Timeline
@@ -133,8 +137,12 @@ class Pipeline:
             ``(loss, (new_state, metrics))``. The `rng` may be left out.
         optimizer: an optax optimizer.
         schedule: the name of an algorithm (``"model_parallel"``, ``"gpipe"``, ``"one_f_one_b"``,
-            ``"pipedream"``), or a `Schedule`.
+            ``"interleaved"``, ``"zero_bubble_h1"``, ``"zero_bubble_v"``, and, asynchronous,
+            ``"pipedream"``, ``"pipedream_vertical_sync"``, ``"pipedream_2bw"``), a `Schedule`, or
+            the path of one as a text file.
         num_stages: number of stages; if not given, what the plan says.
+        num_chunks: stages on each device under ``"interleaved"``; if not given, 2, as under
+            ``"zero_bubble_v"``.
         num_microbatches: how many microbatches a minibatch is divided into; if not given, 1 for
             ``"pipedream"``, else as many as divide it evenly, up to four for each stage, or, where
             the planner chooses their number, for each device.
@@ -142,7 +150,8 @@ class Pipeline:
             if not given.
         plan: where the model is cut. ``"auto"``, what is done if it is not given: the layers are
             measured on the first device, and the planner finds the fastest straight pipeline that
-            fits; if `num_stages` is not given, it may use fewer devices than there are. What was
+            fits; if `num_stages` is not given, it may use fewer devices than there are. Where
+            devices run several stages each, these are made equally long. What was
             measured is kept beside JAX's compilation cache, if there is one.
             ``"balanced"``: stages of about equal work, estimated from shapes. Or a `Plan`, the
             path of one, or the names of the layers or modules that begin the second, third, …
@@ -182,8 +191,9 @@ class Pipeline:
         loss_fn: Callable[..., Any],
         optimizer: optax.GradientTransformation,
         *,
-        schedule: str | Schedule = "one_f_one_b",
+        schedule: str | Schedule | PathLike[str] = "one_f_one_b",
         num_stages: int | None = None,
+        num_chunks: int | None = None,
         num_microbatches: int | None = None,
         devices: Sequence[Any] | None = None,
         plan: Plan | str | PathLike[str] | Sequence[str] | None = None,
@@ -203,7 +213,10 @@ class Pipeline:
         chosen = read_plan(plan)
         machines, figures = read_topology(topology), read_profile(profile)
         check_machines(chosen, machines, figures)
-        placements, count = choose_placements(schedule, num_stages, devices, chosen, remat)
+        schedule = read_schedule(schedule)
+        chunks = choose_num_chunks(schedule, num_chunks)
+        wishes = stage_wishes(schedule, num_stages, chosen, remat)
+        placements, count = choose_placements(schedule, wishes, chunks, devices, chosen)
         self._settings = Settings(
             loss_fn=loss_fn,
             optimizer=optimizer,
@@ -211,6 +224,7 @@ class Pipeline:
             weight_rule=weight_rule,
             placements=placements,
             num_stages=count,
+            num_chunks=num_chunks,
             num_microbatches=choose_num_microbatches(schedule, num_microbatches),
             plan=chosen,
             topology=machines,
@@ -308,7 +322,7 @@ class Pipeline:
             training.prepared.executor.drain(run)
             return PipelineState(self, training, run, state.step)
 
-    def evaluate(self, state: PipelineState, batch: Any) -> Metrics:
+    def evaluate(self, state: PipelineState, batch: Any, *, num_microbatches: int = 1) -> Metrics:
         """Computes the loss and the metrics of a batch of any size, forward only.
 
         It reads every stage's newest weights, and changes nothing.
@@ -317,12 +331,18 @@ class Pipeline:
             state: the state; it can be used again.
             batch: pytree of arrays in the structure that `init` was given. A random key, if the
                 function takes one, is the base key.
+            num_microbatches: how many microbatches the batch is divided into, so that the stages
+                work at the same time (`pdjax.forward_only`). Their results are put together as
+                those of `step` are.
 
         Raises:
-            ValueError: if the batch has another structure.
+            ValueError: if the batch has another structure, or does not divide.
             BrokenPipelineError: if an earlier step failed on a device.
         """
-        return _as_metrics(*self._training_of(state).prepared.evaluate(state.run, batch))
+        if num_microbatches < 1:
+            raise ValueError(f"num_microbatches={num_microbatches}; expected at least 1.")
+        prepared = self._training_of(state).prepared
+        return _as_metrics(*prepared.evaluate(state.run, batch, num_microbatches))
 
     # -------- planning
 
@@ -414,6 +434,14 @@ class Pipeline:
         """What each stage has held at its peak, for batches of the last shape, since `init`."""
         training = self._training_of(state)
         return stage_memory(state.run.passes or training.prepared.passes, state.run)
+
+    def counts(self, state: PipelineState) -> Counts:
+        """What was done since `init`: actions, bytes sent, and the most that was held.
+
+        It is counted always, and waits for nothing.
+        """
+        prepared, run = self._training_of(state).prepared, state.run
+        return count(run.passes or prepared.passes, run, prepared.schedule)
 
     @contextmanager
     def record(self, state: PipelineState) -> Iterator[None]:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -22,17 +23,18 @@ from pdjax.optimizer import UpdateSplit, init_program, split_update
 from pdjax.profile import Profile
 from pdjax.program import Program
 from pdjax.runtime.evaluation import Evaluation
-from pdjax.runtime.executor import Executor, Feed, Run, StageState
+from pdjax.runtime.executor import Executor
 from pdjax.runtime.intake import Intake, Slicing
 from pdjax.runtime.passes import Passes, PlacedConsts
 from pdjax.runtime.placed import Values, placed
+from pdjax.runtime.state import Feed, Run, StageState, WorkerTally
 from pdjax.runtime.transport import LocalTransport
 from pdjax.runtime.update import UpdateRunner
 from pdjax.schedules import Schedule
-from pdjax.settings import Settings, make_schedule
+from pdjax.schedules.versions import delay_of, peak_versions
+from pdjax.settings import Settings, make_schedule, place_stages
 from pdjax.split import StageSplit, split
 from pdjax.trees import own_copy, place
-from pdjax.schedules.versions import delay_of, peak_versions
 
 _log = logging.getLogger("pdjax")
 
@@ -91,6 +93,8 @@ class Prepared:
         self._settings = settings = settings.for_plan(self.plan)
         self._remat = remat_of(settings, self.plan)
         self.schedule, self.rule = make_schedule(settings)
+        placements = place_stages(self.plan, self.schedule, settings.placements)
+        self._settings = settings = replace(settings, placements=tuple(placements))
         self._keys = [place(rng, placement) for placement in settings.placements]
         self._passes: dict[Any, Passes] = {}
         self._known: dict[Any, Passes] = {}
@@ -153,13 +157,16 @@ class Prepared:
 
     def _update_runner(self, stage: int) -> UpdateRunner:
         """The update of a stage; it reuses the old weights if no backward pass still needs them."""
-        workers = self.schedule.unroll(self.schedule.lag + 2)
-        worker = workers[self.schedule.worker_of(stage)]
+        schedule, rule = self.schedule, self.rule
+        workers = schedule.unroll((schedule.lag + 2) * schedule.num_minibatches)
+        worker = workers[schedule.worker_of(stage)]
+        delay = delay_of(rule, schedule)
+        alive = peak_versions(worker, stage, rule, schedule.num_microbatches, delay)
         return UpdateRunner(
             self.update,
             stage,
             self._settings.placements[stage],
-            donate_weights=peak_versions(worker, stage, self.rule) == 1,
+            donate_weights=alive == 1,
             divisor=_divisor(self.split),
         )
 
@@ -169,10 +176,11 @@ class Prepared:
             stages,
             self._settings.placements,
             self.schedule,
+            self.rule,
             Slicing(m, spec.axes),
             self._remat,
             self._updates,
-            self._metric_axes(spec, stages),
+            self._metric_axes(self._settings.loss_fn, spec, stages, m),
             self._consts.of(stages),
         )
         key = jax.ShapeDtypeStruct(jnp.shape(self._key), self._key.dtype)
@@ -182,19 +190,19 @@ class Prepared:
             compiled.result()
         return passes
 
-    def _metric_axes(self, spec: BatchSpec, stages: StageSplit) -> tuple[int | None, ...]:
+    def _metric_axes(
+        self, loss_fn: Callable[..., Any], spec: BatchSpec, stages: StageSplit, count: int
+    ) -> tuple[int | None, ...]:
         """The axes along which metrics are concatenated: those that grow with the batch."""
         metrics = stages.traced.metrics
-        if self.schedule.num_microbatches == 1 or all(
-            jaxprs.aval(atom).shape == () for atom in metrics
-        ):
+        if count == 1 or all(jaxprs.aval(atom).shape == () for atom in metrics):
             return (None,) * len(metrics)
         whole = jax.tree.unflatten(spec.tree, spec.shapes)
-        traced = self._graph(self._settings.loss_fn, whole).traced
+        traced = self._graph(loss_fn, whole).traced
         return concatenation_axes(
             list(map(jaxprs.aval, metrics)),
             list(map(jaxprs.aval, traced.metrics)),
-            self.schedule.num_microbatches,
+            count,
         )
 
     @property
@@ -217,16 +225,21 @@ class Prepared:
             self._passes[spec.signature] = self._compile(spec, stages)
         return self._passes[spec.signature]
 
-    def _evaluation_for(self, spec: BatchSpec) -> Evaluation:
+    def _evaluation_for(self, spec: BatchSpec, count: int) -> Evaluation:
         check_structure(spec, self._spec)
-        if spec.signature not in self._evaluations:
-            whole = jax.tree.unflatten(spec.tree, spec.shapes)
-            graph = self._graph(self._settings.eval_loss_fn, whole)
+        known = (spec.signature, count)
+        if known not in self._evaluations:
+            loss_fn = self._settings.eval_loss_fn
+            graph = self._graph(loss_fn, spec.microbatch(count))
             stages = split(graph, self.plan.first_layers_in(graph.names))
-            self._evaluations[spec.signature] = Evaluation(
-                stages, self._settings.placements, self._consts.of(stages)
+            self._evaluations[known] = Evaluation(
+                stages,
+                self._settings.placements,
+                self._consts.of(stages),
+                Slicing(count, spec.axes),
+                self._metric_axes(loss_fn, spec, stages, count),
             )
-        return self._evaluations[spec.signature]
+        return self._evaluations[known]
 
     # -------- running
 
@@ -257,7 +270,11 @@ class Prepared:
                 if stage in homes
             }
             stages.append(StageState(weights, make(tuple(values[var] for var in reads)), model))
-        return Run(stages)
+        workers = [
+            WorkerTally(sum(stages[stage].weight_bytes for stage in self.schedule.stages_of(at)))
+            for at in range(len(self.schedule.workers))
+        ]
+        return Run(stages, workers)
 
     def feed(self, batch: Any) -> Feed:
         """Moves a minibatch to the stages that read it."""
@@ -274,9 +291,9 @@ class Prepared:
         ]
         return Feed(passes, moved, self._keys)
 
-    def evaluate(self, run: Run, batch: Any) -> tuple[Any, Values, Any]:
-        """Dispatches a forward pass; returns the loss, the metrics and their structure."""
-        evaluation = self._evaluation_for(describe_batch(batch, self._settings.batch_axes))
+    def evaluate(self, run: Run, batch: Any, count: int) -> tuple[Any, Values, Any]:
+        """Dispatches forward passes; returns the loss, the metrics and their structure."""
+        evaluation = self._evaluation_for(describe_batch(batch, self._settings.batch_axes), count)
         leaves = [own_copy(leaf) for leaf in jax.tree.leaves(batch)]
         loss, metrics = evaluation.run(self.weights(run), self.model(run), leaves, self._keys[0])
         return loss, metrics, evaluation.metrics_tree

@@ -23,8 +23,9 @@ class Settings:
     """What a `Pipeline` was made with; see there.
 
     Attributes:
-        placements: where stages may be placed.
+        placements: where workers may be placed.
         num_stages: how many there are; None if the plan is to say.
+        num_chunks: stages on each worker; None for what is usual under the schedule.
     """
 
     loss_fn: Callable[..., Any]
@@ -33,6 +34,7 @@ class Settings:
     weight_rule: WeightRule | None
     placements: tuple[Sharding, ...]
     num_stages: int | None
+    num_chunks: int | None
     num_microbatches: int | None
     plan: Plan | tuple[str, ...] | Literal["auto", "balanced"]
     topology: Topology | None
@@ -45,8 +47,7 @@ class Settings:
 
     def for_plan(self, plan: Plan) -> Settings:
         """The settings with all that a plan decides."""
-        placements = tuple(self.placements[at] for at in workers_of(plan, len(self.placements)))
-        return replace(self, plan=plan, placements=placements, num_stages=plan.num_stages)
+        return replace(self, plan=plan, num_stages=plan.num_stages)
 
     def for_batch(self, batch_size: int) -> Settings:
         """The settings with the number of microbatches, for minibatches of `batch_size`."""
@@ -54,7 +55,8 @@ class Settings:
             return self
         count = 1
         if find_algorithm(self.schedule).divides:
-            count = default_num_microbatches(batch_size, self.num_stages or len(self.placements))
+            stages = self.num_stages or len(self.placements) * self.chunks
+            count = default_num_microbatches(batch_size, stages)
         return replace(self, num_microbatches=count)
 
     @property
@@ -62,15 +64,26 @@ class Settings:
         """Whether the pipeline is empty after each minibatch."""
         if isinstance(self.schedule, Schedule):
             return self.schedule.flushes
-        return find_algorithm(self.schedule).order(2, self.num_microbatches or 1).flushes
+        return not find_algorithm(self.schedule).stale
+
+    @property
+    def chunks(self) -> int:
+        """Stages on each worker of a schedule that is known by its name."""
+        if isinstance(self.schedule, Schedule):
+            return 1
+        return self.num_chunks or find_algorithm(self.schedule).num_chunks
 
 
-def workers_of(plan: Plan, num_workers: int) -> tuple[int, ...]:
-    """For each stage of a straight plan its worker: the one that was planned, if it is there."""
-    planned = tuple(stage.workers[0] for stage in plan.stages)
-    if planned and max(planned) < num_workers:
-        return planned
-    return tuple(range(plan.num_stages))
+def place_stages(plan: Plan, schedule: Schedule, placements: Sequence[Sharding]) -> list[Sharding]:
+    """For each stage where it is: on the worker that was planned, if that is there.
+
+    Where workers run several stages, or none was planned, the schedule's workers are the first of
+    `placements`.
+    """
+    planned = [stage.workers[0] for stage in plan.stages]
+    if not planned or max(planned) >= len(placements) or len(schedule.workers) < plan.num_stages:
+        planned = [schedule.worker_of(stage) for stage in range(plan.num_stages)]
+    return [placements[worker] for worker in planned]
 
 
 def make_schedule(settings: Settings) -> tuple[Schedule, WeightRule]:
@@ -80,8 +93,15 @@ def make_schedule(settings: Settings) -> tuple[Schedule, WeightRule]:
     if isinstance(schedule, str):
         algorithm = find_algorithm(schedule)
         rule = settings.weight_rule or algorithm.weight_rule
-        schedule = algorithm.order(settings.num_stages, settings.num_microbatches or 1)
+        count = settings.num_microbatches or 1
+        made = algorithm.make(settings.num_stages, count, settings.num_chunks)
+        schedule = replace(made, name=schedule)
     else:
         rule = settings.weight_rule or (LATEST if schedule.flushes else STASH)
     validate(schedule, rule)
+    if max(schedule.replicas) > 1:
+        raise ValueError(
+            f"the schedule {schedule.name!r} has replicas ({schedule.replicas} of the stages), and "
+            "replicas cannot be run yet. Give every stage one worker."
+        )
     return schedule, rule

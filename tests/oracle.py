@@ -73,12 +73,17 @@ def replay_asynchronous(
     key: Any,
     drains: Sequence[int] = (),
     model_state: Any = None,
+    *,
+    rule: str = "stash",
+    num_microbatches: int = 1,
 ) -> tuple[Any, list[Any], Any]:
-    """PipeDream with weight stashing: (parameters, losses, state).
+    """PipeDream and its kin: (parameters, losses, state).
 
-    Minibatch b, counted from the last drain, uses on stage s the version u + max(0, b - W) for
-    W = num_stages - 1 - s and u the updates at that drain; the gradient of every minibatch is
-    applied to the newest version, in order. A drain comes before each minibatch in `drains`.
+    Minibatch b, counted from the last drain, uses on stage s the version u + max(0, b - delay), u
+    the updates at that drain. The delay is num_stages - 1 - s under weight stashing, num_stages - 1
+    on all stages under vertical sync, 1 under double buffering. The mean gradient of every
+    minibatch is applied to the newest version, in order. A drain comes before each minibatch in
+    `drains`.
     """
     grad = _value_and_grad(loss_fn, model_state)
     versions, state, losses, start = [params], optimizer.init(params), [], 0
@@ -88,12 +93,18 @@ def replay_asynchronous(
 
         def used(stage: int, *leaves: Any, since: int = start, now: int = index) -> Any:
             warm_up = num_stages - 1 - stage
-            return leaves[since + max(0, now - since - warm_up)]
+            delay = {"stash": warm_up, "vertical_sync": num_stages - 1, "double_buffer": 1}[rule]
+            return leaves[since + max(0, now - since - delay)]
 
         mixed = jax.tree.map(used, stage_of, *versions)
-        mine = jax.random.fold_in(key, index)
-        (loss, model_state), gradient = grad(mixed, model_state, batch, mine)
-        updates, state = optimizer.update(gradient, state, versions[-1])
+        parts = []
+        for at in range(num_microbatches):
+            part = microbatch(batch, at, num_microbatches)
+            mine = jax.random.fold_in(key, index * num_microbatches + at)
+            (loss, model_state), gradient = grad(mixed, model_state, part, mine)
+            parts.append((loss, gradient))
+        loss, mean = jax.tree.map(lambda *leaves: sum(leaves) / num_microbatches, *parts)
+        updates, state = optimizer.update(mean, state, versions[-1])
         versions.append(optax.apply_updates(versions[-1], updates))
         losses.append(loss)
     return versions[-1], losses, model_state

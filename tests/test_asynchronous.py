@@ -1,4 +1,4 @@
-"""Under PipeDream a pipeline computes what the replay oracle computes, parameter by parameter.
+"""Under asynchronous schedules a pipeline computes what the replay oracle does, to the last update.
 
 In float64: over a dozen updates training multiplies the rounding of the first one by hundreds, so
 that in float32 only bounds would hold that a small error of the pipeline could pass too.
@@ -17,6 +17,7 @@ import pytest
 import zoo
 
 import pdjax
+from pdjax.schedules import ALGORITHMS
 
 KEY = jax.random.key(3)
 STEPS = 13
@@ -46,11 +47,61 @@ def double_precision():
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", CASES)
-def test_equals_the_replay_oracle(name, num_stages, optimizer, drains):
+def test_pipedream_equals_the_replay_oracle(name, num_stages, optimizer, drains):
+    pipe, state = check_against_the_oracle(name, "pipedream", num_stages, 1, optimizer, drains)
+    for stage, memory in enumerate(pipe.memory(state)):
+        warm_up = num_stages - 1 - stage
+        assert memory.peak_in_flight == warm_up + 1
+        assert memory.peak_versions <= warm_up + 1
+        if not drains:
+            assert memory.peak_versions == warm_up + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "num_stages", "optimizer", "drains"),
+    [
+        *(("mlp", n, "adam", ()) for n in (1, 2, 3, 4)),
+        *(("dropout", n, "momentum", (5, 7)) for n in (2, 3, 4)),
+        ("transformer", 3, "adam", (4, 8)),
+        ("vgg16_bn", 3, "momentum", (5, 7)),
+    ],
+)
+def test_vertical_sync_equals_the_replay_oracle(name, num_stages, optimizer, drains):
+    schedule = "pipedream_vertical_sync"
+    pipe, state = check_against_the_oracle(name, schedule, num_stages, 1, optimizer, drains)
+    if not drains:
+        assert {memory.peak_versions for memory in pipe.memory(state)} == {num_stages}
+
+
+@pytest.mark.parametrize(
+    ("name", "num_stages", "num_microbatches", "optimizer", "drains"),
+    [
+        *(("mlp", n, m, "adam", ()) for n, m in ((1, 1), (1, 3), (2, 2), (2, 3), (3, 5), (4, 4))),
+        *(("dropout", n, m, "momentum", (5, 7)) for n, m in ((1, 2), (2, 3), (4, 5))),
+        ("transformer", 2, 3, "adam", (4, 8)),
+        ("vgg16_bn", 3, 3, "momentum", (5, 7)),
+    ],
+)
+def test_2bw_equals_the_replay_oracle(name, num_stages, num_microbatches, optimizer, drains):
+    pipe, state = check_against_the_oracle(
+        name, "pipedream_2bw", num_stages, num_microbatches, optimizer, drains
+    )
+    for stage, memory in enumerate(pipe.memory(state)):
+        assert memory.peak_in_flight == num_stages - stage
+        assert memory.peak_versions == 2
+
+
+def check_against_the_oracle(name, schedule, num_stages, num_microbatches, optimizer, drains):
+    """Trains with some drains, and compares with the oracle."""
     case = case_of(name)
-    batches = [case.make_batch(zoo.MICROBATCH, seed) for seed in range(STEPS)]
+    size = zoo.MICROBATCH * num_microbatches
+    batches = [case.make_batch(size, seed) for seed in range(STEPS)]
     pipe = pdjax.Pipeline(
-        case.loss_fn, OPTIMIZERS[optimizer], schedule="pipedream", num_stages=num_stages
+        case.loss_fn,
+        OPTIMIZERS[optimizer],
+        schedule=schedule,
+        num_stages=num_stages,
+        num_microbatches=num_microbatches,
     )
     state = pipe.init(case.params, batches[0], model_state=case.model_state, rng=KEY)
     losses = []
@@ -70,20 +121,13 @@ def test_equals_the_replay_oracle(name, num_stages, optimizer, drains):
         KEY,
         drains,
         case.model_state,
+        rule=ALGORITHMS[schedule].weight_rule.name,
+        num_microbatches=num_microbatches,
     )
     chex.assert_trees_all_close(losses, expected_losses, rtol=1e-10)
     chex.assert_trees_all_close(pipe.params(state), params, atol=1e-11, rtol=1e-10)
     chex.assert_trees_all_close(pipe.model_state(state), model_state, atol=1e-11, rtol=1e-10)
-    _check_memory(pipe, state, num_stages, drains)
-
-
-def _check_memory(pipe, state, num_stages, drains):
-    for stage, memory in enumerate(pipe.memory(state)):
-        warm_up = num_stages - 1 - stage
-        assert memory.peak_in_flight == warm_up + 1
-        assert memory.peak_versions <= warm_up + 1
-        if not drains:
-            assert memory.peak_versions == warm_up + 1
+    return pipe, state
 
 
 def test_a_drain_leaves_nothing_behind():

@@ -177,3 +177,29 @@ def test_policies_that_offload_are_refused():
 
     with pytest.raises(ValueError, match="Policies that offload are not supported"):
         programs(loss_fn, weights(), remat=policy)
+
+
+def test_arrays_that_nested_functions_close_over_are_part_of_the_programs():
+    """`jax.checkpoint` and rules of `jax.custom_vjp` hide them until they are differentiated."""
+    table = np.eye(WIDTH, dtype=np.float32)
+
+    @jax.custom_vjp
+    def with_rule(x):
+        return x @ table
+
+    def backward(_, g):
+        return (g @ jnp.asarray(table).T,)
+
+    with_rule.defvjp(lambda x: (with_rule(x), None), backward)
+    nested = jax.jit(lambda x: with_rule(jnp.tanh(x @ table)))
+
+    def loss_fn(p, x, rng):
+        for i in range(6):
+            x = jax.checkpoint(lambda w, x: nested(x @ w))(p[f"w{i}"], x)
+        return jnp.mean(x**2)
+
+    made = programs(loss_fn, weights())
+    given = {var for group in made.inputs.values() for var in group}
+    assert set(made.forward.reads) <= given
+    assert set(made.backward.reads) <= {*given, *made.cotangents, *made.forward.outputs["saved"]}
+    assert set(made.fused.reads) <= {*given, *made.cotangents}

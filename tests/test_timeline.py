@@ -1,10 +1,9 @@
-"""Timelines as values, and their pictures."""
+"""Timelines as values."""
 
 from __future__ import annotations
 
 import pytest
 
-from pdjax.figures import save_timeline
 from pdjax.timeline import Span, Timeline
 
 
@@ -40,10 +39,3 @@ def test_empty():
 def test_a_span_that_ends_before_it_starts():
     with pytest.raises(ValueError, match="before it starts"):
         Timeline("late", 1, (Span(0, "F", 0, 0, 2.0, 1.0),))
-
-
-@pytest.mark.parametrize(("suffix", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
-def test_pictures(tmp_path, suffix, magic):
-    path = tmp_path / f"timeline.{suffix}"
-    save_timeline(timeline(), path)
-    assert path.read_bytes().startswith(magic)

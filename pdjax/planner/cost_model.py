@@ -82,6 +82,7 @@ class MemoryForm:
     Attributes:
         stashes: whether a version of the weights is kept for each microbatch in flight (weight
             stashing), or one for all.
+        versions: how many versions are kept on every stage, if it is the same number on all.
         num_microbatches: of a minibatch, after which the pipeline is flushed, so that no more are
             ever in flight; None if it never is.
         keeps_all: whether all microbatches of a minibatch are in flight together (GPipe).
@@ -92,6 +93,7 @@ class MemoryForm:
     """
 
     stashes: bool = True
+    versions: int | None = None
     num_microbatches: int | None = None
     keeps_all: bool = False
     optimizer_bytes_per_param_byte: float = 2.0
@@ -110,6 +112,8 @@ class MemoryForm:
             warm_up: forward passes of the stage before its first backward pass, or an array.
         """
         versions = warm_up + 1 if self.stashes else warm_up * 0 + 1
+        if self.versions is not None:
+            versions = warm_up * 0 + self.versions
         return versions + 1 + self.optimizer_bytes_per_param_byte
 
     def in_flight(self, warm_up: Any) -> Any:

@@ -20,6 +20,7 @@ from pdjax.profile import Profile
 from pdjax.schedules import Algorithm, find_algorithm
 from pdjax.schedules.versions import peak_in_flight
 from pdjax.topology import Topology
+from pdjax.weights import DOUBLE_BUFFER
 
 _MANY = 8  # units, on one level, above which not every smaller number is tried
 
@@ -105,7 +106,9 @@ def plan_pipeline(profile: Profile, topology: Topology, options: PlanOptions | N
 def make_case(profile: Profile, topology: Topology, options: PlanOptions) -> Case:
     """The costs of all that may be planned."""
     algorithm = find_algorithm(options.schedule)
-    flushes = algorithm.order(2, options.num_microbatches).flushes
+    count = options.num_microbatches
+    sample = algorithm.make(2 * algorithm.num_chunks, max(count, 2) if algorithm.divides else count)
+    flushes = sample.flushes
     cost = CostForm(
         overlap=options.overlap,
         sync=options.sync,
@@ -129,14 +132,21 @@ def memory_form(
     optimizer_bytes: float,
     remat: Literal["auto", "none", "full"],
 ) -> MemoryForm:
-    """What an algorithm keeps, found by counting what two stages of it have in flight."""
-    sample = algorithm.order(2, 4 if algorithm.divides else 1)
-    first, last = (peak_in_flight(sample.unroll(4)[stage], stage) for stage in (0, 1))
+    """What an algorithm keeps, found by counting what two stages of it have in flight.
+
+    Where workers run several stages it is taken to be what 1F1B keeps.
+    """
+    if algorithm.num_chunks > 1:
+        algorithm = find_algorithm("one_f_one_b")
+    sample = algorithm.make(2, 4 if algorithm.divides else 1)
+    workers = sample.unroll(8)
+    first, last = (peak_in_flight(workers[stage], stage) for stage in (0, 1))
     flushed = None
     if sample.flushes:
         flushed = 1 if first == 1 else num_microbatches
     return MemoryForm(
         stashes=algorithm.weight_rule.backward == "stashed",
+        versions=2 if algorithm.weight_rule == DOUBLE_BUFFER else None,
         num_microbatches=flushed,
         keeps_all=sample.flushes and last > 1,
         optimizer_bytes_per_param_byte=optimizer_bytes,

@@ -75,7 +75,9 @@ def _remedies(case: Case, straight: bool, num_stages: int | None) -> Iterator[st
     ):
         yield "rematerialisation (let the planner choose it)"
     if costs.memory.stashes and helps(
-        costs.changed(memory=replace(costs.memory, stashes=False, num_microbatches=1))
+        costs.changed(
+            memory=replace(costs.memory, stashes=False, versions=None, num_microbatches=1)
+        )
     ):
         yield "a synchronous schedule such as 'one_f_one_b', which keeps one version of the weights"
     for parts in (2, 4, 8):

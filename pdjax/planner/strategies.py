@@ -128,7 +128,11 @@ def _top(case: Case) -> int:
 def _synchronous(case: Case, num_microbatches: int, *, keeps_all: bool = False) -> Case:
     """The same question for a schedule that keeps one version of the weights."""
     memory = replace(
-        case.costs.memory, stashes=False, num_microbatches=num_microbatches, keeps_all=keeps_all
+        case.costs.memory,
+        stashes=False,
+        versions=None,
+        num_microbatches=num_microbatches,
+        keeps_all=keeps_all,
     )
     return replace(case, costs=case.costs.changed(memory=memory))
 

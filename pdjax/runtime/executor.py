@@ -5,8 +5,10 @@ The executor walks the actions of one step in an order that respects what they n
 devices concurrently. It is the interpreter of the very schedule that was validated, and nothing in
 it depends on which one that is:
 
-    F   reads the newest weights, puts what the backward pass needs into the stash, sends
+    F   reads the weights, puts what the backward pass needs into the stash, sends
     B   takes it out of the stash, adds to the stage's gradients, sends cotangents back
+    I   takes it out of the stash, sends cotangents back, holds what W needs
+    W   adds to the stage's gradients
     U   applies the gradients
 
 A forward and a backward pass that follow each other on a stage that waits for no cotangent in
@@ -16,128 +18,20 @@ between are one program, and so is the update if it follows them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from pdjax.runtime.inputs import Given, Reads
 from pdjax.runtime.passes import InstructionKind, Passes
 from pdjax.runtime.placed import Values
-from pdjax.runtime.stage import Given, OutputIndex, Reads
+from pdjax.runtime.stage import OutputIndex
+from pdjax.runtime.state import Feed, Halfway, Run, StageState, Stashed, Step
 from pdjax.runtime.transport import Transport
 from pdjax.runtime.update import Pack, UpdateRunner
 from pdjax.schedules import Schedule
+from pdjax.schedules.versions import delay_of
 from pdjax.weights import WeightRule
-
-
-class Stashed(NamedTuple):
-    """What a stage keeps of a microbatch between its forward and its backward pass.
-
-    Attributes:
-        passes: the programs that its forward pass belongs to.
-        weights: the version that the forward pass read; None if the newest will do.
-        given: what else of the inputs the backward pass reads.
-        saved: the activations.
-    """
-
-    passes: Passes
-    weights: Values | None
-    given: Given
-    saved: Values
-
-
-@dataclass
-class StageState:
-    """What one stage holds.
-
-    Attributes:
-        weights: the newest version of its parameters.
-        optimizer: its part of the optimizer state.
-        model: its leaves of the mutable state, by index.
-        version: number of updates applied.
-        gradients: the sum of the gradients that no update has applied yet.
-        stash: what is kept for each microbatch in flight.
-        inbox: values received for forward passes to come, by microbatch and position.
-        returned: cotangents received for backward passes to come.
-        new_model: new values of the mutable state, where they are averaged over a minibatch.
-        peak_in_flight: the most microbatches that were in flight at once.
-        peak_versions: the most versions of the weights that were alive at once.
-    """
-
-    weights: Values
-    optimizer: Values
-    model: dict[int, Any]
-    version: int = 0
-    gradients: Values | None = None
-    stash: dict[int, Stashed] = field(default_factory=dict)
-    inbox: dict[int, dict[int, Any]] = field(default_factory=dict)
-    returned: dict[int, list[dict[int, Any]]] = field(default_factory=dict)
-    new_model: list[Values] = field(default_factory=list)
-    peak_in_flight: int = 0
-    peak_versions: int = 1
-
-
-@dataclass
-class Run:
-    """What an executor's run holds between steps.
-
-    Attributes:
-        stages: what each stage holds.
-        fed: number of microbatches handed over so far; the next one gets this number.
-        start: the first microbatch after the last drain.
-        passes: the programs of the last minibatch.
-        divisors: for each minibatch not yet applied everywhere, by its first microbatch, the
-            array that its gradients are divided by (only for weighted losses).
-    """
-
-    stages: list[StageState]
-    fed: int = 0
-    start: int = 0
-    passes: Passes | None = None
-    divisors: dict[int, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Feed:
-    """What a step hands to the stages.
-
-    Attributes:
-        passes: the programs for minibatches of this shape.
-        batch: for each stage and microbatch its batch leaves.
-        keys: for each stage the base key.
-    """
-
-    passes: Passes
-    batch: Sequence[Sequence[Values]]
-    keys: Sequence[Any]
-
-
-@dataclass
-class _Step:
-    """A step that is being dispatched.
-
-    Attributes:
-        run: what holds between steps.
-        feed: what the step hands over; None while draining.
-        first: the number of its first microbatch.
-        made: for each microbatch its results, by position.
-        results: the results of the minibatch, once they were asked for.
-        updating: the stages whose update was reached.
-    """
-
-    run: Run
-    feed: Feed | None
-    first: int
-    made: dict[int, dict[int, Any]] = field(default_factory=dict)
-    results: tuple[Any, Any, Values] | None = None
-    updating: list[int] = field(default_factory=list)
-
-    @property
-    def passes(self) -> Passes:
-        """The programs of the minibatch that the step hands over."""
-        assert self.feed is not None, "nothing is handed over while draining"
-        return self.feed.passes
-
 
 Observer = Callable[[InstructionKind, int, int, Any], None]
 """Is told of every program dispatched: what, stage, microbatch, and the arrays it makes."""
@@ -148,7 +42,7 @@ class Executor:
 
     Args:
         schedule: what to do in a step.
-        rule: which weights a backward pass reads.
+        rule: which weights the passes read.
         updates: the update of each stage.
         counts: for each stage the number of microbatches in a minibatch, as an array in place.
         transport: how values travel.
@@ -169,13 +63,17 @@ class Executor:
         self.observer: Observer | None = None
         self._reach = schedule.lag * schedule.num_microbatches
         self._stashes = rule.backward == "stashed"
+        self._delay = delay_of(rule, schedule)
+        self._worker_of = [schedule.worker_of(stage) for stage in range(schedule.num_stages)]
         self._updates = updates
         self._counts = counts
         self._transport = transport
         self._average_state = average_state
-        self._handlers: dict[InstructionKind, Callable[[_Step, int, int], Any]] = {
+        self._handlers: dict[InstructionKind, Callable[[Step, int, int], Any]] = {
             "F": self._forward,
             "B": self._backward,
+            "I": self._input_part,
+            "W": self._weight_part,
             "FB": self._fused,
             "U": self._update,
             "FBU": self._whole,
@@ -185,7 +83,7 @@ class Executor:
         """Dispatches one step; returns its loss and its metrics, leaf by leaf."""
         first = run.fed
         run.fed += self.schedule.num_microbatches
-        step = _Step(run, feed, first)
+        step = Step(run, feed, first)
         run.passes = feed.passes
         self._walk(step)
         if step.results is None:
@@ -199,84 +97,115 @@ class Executor:
         """Dispatches what is still to be done for the microbatches that were handed over."""
         for extra in range(self.schedule.lag if run.fed > run.start else 0):
             first = run.fed + extra * self.schedule.num_microbatches
-            self._walk(_Step(run, None, first))
+            self._walk(Step(run, None, first))
         run.start = run.fed
+        for state in run.stages:
+            state.restart()
         run.divisors.clear()
 
-    def _walk(self, step: _Step) -> None:
+    def _walk(self, step: Step) -> None:
         first, start, fed = step.first, step.run.start, step.run.fed
         assert step.run.passes is not None, "nothing was handed over yet"
         for kind, stage, offset in step.run.passes.instructions:
             if start <= first + offset < fed:
                 made = self._handlers[kind](step, stage, first + offset)
+                step.run.stages[stage].performed[kind] += 1
                 if self.observer and made is not None:
                     self.observer(kind, stage, first + offset, made)
 
     # -------- the actions
 
-    def _forward(self, step: _Step, stage: int, microbatch: int) -> Any:
-        passes, state = step.passes, step.run.stages[stage]
+    def _forward(self, step: Step, stage: int, microbatch: int) -> Any:
+        run, passes, state = step.run, step.passes, step.run.stages[stage]
         runner = passes.stages[stage]
         given = self._given(step, stage, microbatch, runner.forward_reads)
         kept = given
         if runner.backward_reads != runner.forward_reads:
             kept = self._given(step, stage, microbatch, runner.backward_reads)
+        version, weights = self._weights(run, stage, microbatch)
         received = self._received(state, passes, stage, microbatch)
-        outputs = runner.forward(state.weights, given, received)
+        outputs = runner.forward(weights, given, received)
         index = runner.forward_outputs
-        state.stash[microbatch] = Stashed(
-            passes,
-            state.weights if self._stashes else None,
-            kept,
-            tuple(outputs[at] for at in index.saved),
-        )
-        self._count(state, 0)
+        saved = tuple(outputs[at] for at in index.saved)
+        pinned = weights if self._stashes else None
+        state.stash[microbatch] = Stashed(passes, version, pinned, kept, saved)
+        state.peak_in_flight = max(state.peak_in_flight, len(state.stash))
+        self._tally(run, stage, passes.stash_bytes[stage])
         self._deliver(step, stage, microbatch, outputs, index)
         return outputs
 
-    def _backward(self, step: _Step, stage: int, microbatch: int) -> Any:
-        state = step.run.stages[stage]
-        passes, weights, given, saved = state.stash.pop(microbatch)
-        came = state.returned.pop(microbatch, ())
-        cotangents = tuple(tuple(parts[s] for s in sorted(parts)) for parts in came)
-        made = passes.stages[stage].backward(
+    def _backward(self, step: Step, stage: int, microbatch: int) -> Any:
+        run, state = step.run, step.run.stages[stage]
+        passes, _, weights, given, saved = state.stash.pop(microbatch)
+        runner = passes.stages[stage]
+        made = runner.backward(
             state.weights if weights is None else weights,
             given,
             saved,
-            cotangents,
+            _cotangents(state, microbatch),
             state.gradients,
         )
         state.gradients, returns = made
-        self._return(step.run, passes, stage, microbatch, returns)
+        self._tally(run, stage, -passes.stash_bytes[stage])
+        self._return(run, passes, stage, microbatch, returns)
         return made
 
-    def _fused(self, step: _Step, stage: int, microbatch: int) -> Any:
-        passes, state = step.passes, step.run.stages[stage]
+    def _input_part(self, step: Step, stage: int, microbatch: int) -> Any:
+        run, state = step.run, step.run.stages[stage]
+        passes, version, weights, given, saved = state.stash.pop(microbatch)
+        runner = passes.stages[stage].divided
+        made = runner.input_part(
+            state.weights if weights is None else weights,
+            given,
+            saved,
+            _cotangents(state, microbatch),
+            state.gradients,
+        )
+        state.gradients, returns, held = made
+        state.halfway[microbatch] = Halfway(passes, version, weights, held)
+        self._tally(run, stage, passes.held_bytes[stage] - passes.stash_bytes[stage])
+        self._return(run, passes, stage, microbatch, returns)
+        return made
+
+    def _weight_part(self, step: Step, stage: int, microbatch: int) -> Any:
+        run, state = step.run, step.run.stages[stage]
+        passes, _, weights, held = state.halfway.pop(microbatch)
+        state.gradients = passes.stages[stage].divided.weight_part(
+            state.weights if weights is None else weights, held, state.gradients
+        )
+        self._tally(run, stage, -passes.held_bytes[stage])
+        return state.gradients
+
+    def _fused(self, step: Step, stage: int, microbatch: int) -> Any:
+        run, passes, state = step.run, step.passes, step.run.stages[stage]
         runner = passes.stages[stage]
         given = self._given(step, stage, microbatch, runner.fused_reads)
+        _, weights = self._weights(run, stage, microbatch)
         received = self._received(state, passes, stage, microbatch)
-        made = runner.fused(state.weights, given, received, state.gradients)
+        made = runner.fused(weights, given, received, state.gradients)
         outputs, state.gradients, returns = made
-        self._count(state, 1)
+        state.peak_in_flight = max(state.peak_in_flight, 1)
+        self._tally(run, stage, 0)
         self._deliver(step, stage, microbatch, outputs, runner.fused_outputs)
-        self._return(step.run, passes, stage, microbatch, returns)
+        self._return(run, passes, stage, microbatch, returns)
         return made
 
-    def _whole(self, step: _Step, stage: int, microbatch: int) -> Any:
-        passes, state = step.passes, step.run.stages[stage]
+    def _whole(self, step: Step, stage: int, microbatch: int) -> Any:
+        run, passes, state = step.run, step.passes, step.run.stages[stage]
         runner = passes.stages[stage]
         given = self._given(step, stage, microbatch, runner.fused_reads)
         received = self._received(state, passes, stage, microbatch)
-        self._count(state, 1)
         made = runner.whole(state.weights, given, received, state.optimizer)
         outputs, state.weights, state.optimizer, returns = made
         state.version += 1
+        state.peak_in_flight = max(state.peak_in_flight, 1)
+        self._tally(run, stage, 0)
         self._deliver(step, stage, microbatch, outputs, runner.fused_outputs)
         self._average(step, stage)
-        self._return(step.run, passes, stage, microbatch, returns)
+        self._return(run, passes, stage, microbatch, returns)
         return made
 
-    def _update(self, step: _Step, stage: int, microbatch: int) -> Any:
+    def _update(self, step: Step, stage: int, microbatch: int) -> Any:
         state = step.run.stages[stage]
         self._average(step, stage)
         step.updating.append(stage)
@@ -287,7 +216,7 @@ class Executor:
             self._apply_together(step, microbatch)
         return None
 
-    def _apply_together(self, step: _Step, microbatch: int) -> None:
+    def _apply_together(self, step: Step, microbatch: int) -> None:
         """Runs the phases of an update in which the stages exchange values."""
         packs: list[dict[int, Pack]] = []
         for phase in range(self._updates[0].num_phases - 1):
@@ -307,9 +236,11 @@ class Executor:
                 self.observer("U", stage, microbatch, step.run.stages[stage].weights)
 
     def _apply(
-        self, step: _Step, stage: int, microbatch: int, packs: Sequence[dict[int, Pack]]
+        self, step: Step, stage: int, microbatch: int, packs: Sequence[dict[int, Pack]]
     ) -> None:
         state = step.run.stages[stage]
+        if self._delay is not None:
+            state.older[state.version] = state.weights
         state.weights, state.optimizer = self._updates[stage].phases[-1](
             state.weights,
             state.optimizer,
@@ -319,10 +250,28 @@ class Executor:
         )
         state.gradients = None
         state.version += 1
+        state.retire()
+        self._tally(step.run, stage, 0)
 
     # -------- what goes in and what comes out
 
-    def _given(self, step: _Step, stage: int, microbatch: int, reads: Reads) -> Given:
+    def _weights(self, run: Run, stage: int, microbatch: int) -> tuple[int, Values]:
+        """The version that a forward pass reads, and its weights."""
+        state = run.stages[stage]
+        if self._delay is None:
+            return state.version, state.weights
+        version = self._version_for(run, stage, microbatch)
+        weights = state.of_version(version)
+        following = microbatch + len(self.schedule.holders[stage])
+        state.wanted = self._version_for(run, stage, following)
+        state.retire()
+        return version, weights
+
+    def _version_for(self, run: Run, stage: int, microbatch: int) -> int:
+        minibatch = (microbatch - run.start) // self.schedule.num_microbatches
+        return run.stages[stage].base + max(0, minibatch - (self._delay or 0))
+
+    def _given(self, step: Step, stage: int, microbatch: int, reads: Reads) -> Given:
         feed = step.feed
         assert feed is not None, "a forward pass outside a step"
         state: Values = ()
@@ -342,12 +291,13 @@ class Executor:
         return tuple(box[at] for at in range(len(passes.split.stages[stage].receives)))
 
     def _deliver(
-        self, step: _Step, stage: int, microbatch: int, outputs: Values, index: OutputIndex
+        self, step: Step, stage: int, microbatch: int, outputs: Values, index: OutputIndex
     ) -> None:
         run, passes = step.run, step.passes
         for target, pairs in passes.routes[stage].forward.items():
             values = [outputs[index.sends[here]] for here, _ in pairs]
             moved = self._transport.send(values, stage, target)
+            run.sent_bytes[stage, target] += passes.routes[stage].forward_bytes[target]
             box = run.stages[target].inbox.setdefault(microbatch, {})
             box.update(zip((there for _, there in pairs), moved, strict=True))
         if index.state:
@@ -366,13 +316,14 @@ class Executor:
         for source, pairs in passes.routes[stage].backward.items():
             values = [returns[here] for here, _ in pairs]
             moved = self._transport.send(values, stage, source)
+            run.sent_bytes[stage, source] += passes.routes[stage].backward_bytes[source]
             waiting = run.stages[source].returned
             if microbatch not in waiting:
                 waiting[microbatch] = [{} for _ in range(passes.routes[source].num_waits)]
             for (_, there), value in zip(pairs, moved, strict=True):
                 waiting[microbatch][there][stage] = value
 
-    def _average(self, step: _Step, stage: int) -> None:
+    def _average(self, step: Step, stage: int) -> None:
         """Makes the mutable state of the minibatch out of those of its microbatches."""
         state = step.run.stages[stage]
         if not self._average_state or not state.new_model:
@@ -382,7 +333,7 @@ class Executor:
         state.model.update(zip(updates, new, strict=True))
         state.new_model = []
 
-    def _collect(self, step: _Step) -> tuple[Any, Any, Values]:
+    def _collect(self, step: Step) -> tuple[Any, Any, Values]:
         """The results of the minibatch, from those of its microbatches."""
         passes = step.passes
         made = []
@@ -396,7 +347,7 @@ class Executor:
             step.run.divisors[step.first] = combined[1]
         return combined
 
-    def _divisor(self, step: _Step, stage: int, microbatch: int) -> Any:
+    def _divisor(self, step: Step, stage: int, microbatch: int) -> Any:
         """What the gradients of a minibatch are divided by: its microbatches, or its weight."""
         m = self.schedule.num_microbatches
         first = microbatch // m * m
@@ -407,11 +358,25 @@ class Executor:
             step.results = self._collect(step)
         return step.run.divisors[first]
 
-    def _count(self, state: StageState, extra: int) -> None:
-        state.peak_in_flight = max(state.peak_in_flight, len(state.stash) + extra)
+    def _tally(self, run: Run, stage: int, stash_bytes: int) -> None:
+        """Counts what a stage holds after an action, by which its stash grew."""
+        state, version_bytes = run.stages[stage], 0
         if self._stashes:
-            kept = {id(entry.weights) for entry in state.stash.values()} | {id(state.weights)}
-            state.peak_versions = max(state.peak_versions, len(kept))
+            alive = {entry.version for entry in state.stash.values()}
+            alive.update(entry.version for entry in state.halfway.values())
+            alive.update(state.older, (state.version,))
+            version_bytes = (len(alive) - state.num_versions) * state.weight_bytes
+            state.num_versions = len(alive)
+            state.peak_versions = max(state.peak_versions, len(alive))
+        state.stash_bytes += stash_bytes
+        state.peak_stash_bytes = max(state.peak_stash_bytes, state.stash_bytes)
+        run.workers[self._worker_of[stage]].add(version_bytes, stash_bytes)
+
+
+def _cotangents(state: StageState, microbatch: int) -> tuple[Values, ...]:
+    """Of each value that gets a cotangent back those that came, by stage."""
+    came = state.returned.pop(microbatch, ())
+    return tuple(tuple(parts[s] for s in sorted(parts)) for parts in came)
 
 
 def _addressed(

@@ -21,8 +21,9 @@ from pdjax.runtime.update import UpdateRunner
 from pdjax.schedules import Schedule, dispatch_order
 from pdjax.split import StageSplit
 from pdjax.trees import place
+from pdjax.weights import WeightRule
 
-InstructionKind = Literal["F", "B", "FB", "U", "FBU"]
+InstructionKind = Literal["F", "B", "I", "W", "FB", "U", "FBU"]
 Fusion = Literal["", "FB", "FBU"]
 """The kinds of actions that a stage does in one program."""
 
@@ -38,11 +39,15 @@ class Routes:
         forward: for each later stage the pairs (position among the sends, position there).
         backward: for each earlier stage the pairs (position among the cotangents that this stage
             makes, position among the values for which that stage waits for cotangents).
+        forward_bytes: how much goes to each later stage, for each microbatch.
+        backward_bytes: how much goes back to each earlier stage.
         num_waits: for how many values this stage waits for cotangents.
     """
 
     forward: dict[int, tuple[tuple[int, int], ...]]
     backward: dict[int, tuple[tuple[int, int], ...]]
+    forward_bytes: dict[int, int]
+    backward_bytes: dict[int, int]
     num_waits: int
 
 
@@ -54,6 +59,9 @@ class Passes:
         stages: the passes of each stage.
         routes: for each stage where its outputs go.
         instructions: what to dispatch in a step, in order.
+        kinds: for each stage the kinds of its instructions.
+        stash_bytes: for each stage what a microbatch keeps from its forward pass on.
+        held_bytes: for each stage what it keeps between input part and weight part.
         consts: for each stage the closed-over arrays that it reads, in place.
         slicing: how minibatches divide into microbatches.
         num_results: number of the loss function's results (loss, weight, metrics).
@@ -66,6 +74,7 @@ class Passes:
         split: StageSplit,
         placements: Sequence[Sharding],
         schedule: Schedule,
+        rule: WeightRule,
         slicing: Slicing,
         remat: Sequence[Remat],
         updates: Sequence[UpdateRunner],
@@ -79,7 +88,16 @@ class Passes:
             for program, placement, update in zip(programs, placements, updates, strict=True)
         )
         self.routes = tuple(_find_routes(stage, programs) for stage in range(len(programs)))
-        self.instructions = _fuse(schedule, self._longest_fusions(schedule, updates))
+        self.instructions = _fuse(schedule, self._longest_fusions(schedule, rule, updates))
+        self.kinds: tuple[frozenset[InstructionKind], ...] = tuple(
+            frozenset(kind for kind, stage, _ in self.instructions if stage == index)
+            for index in range(len(programs))
+        )
+        self.stash_bytes = tuple(runner.programs.saved_bytes for runner in self.stages)
+        self.held_bytes = tuple(
+            runner.divided.backward.held_bytes if "I" in kinds else 0
+            for runner, kinds in zip(self.stages, self.kinds, strict=True)
+        )
         self.consts = consts
         self.slicing = slicing
         self.num_results = len(split.results)
@@ -97,18 +115,20 @@ class Passes:
         )
 
     def _longest_fusions(
-        self, schedule: Schedule, updates: Sequence[UpdateRunner]
+        self, schedule: Schedule, rule: WeightRule, updates: Sequence[UpdateRunner]
     ) -> tuple[Fusion, ...]:
         """What each stage does in one program.
 
         A forward and a backward pass that follow each other, where the stage waits for no
-        cotangent in between; with the update if it needs nothing but these gradients.
+        cotangent in between; with the update if it needs nothing but these gradients, and is
+        made to the weights that they were computed with.
         """
 
         def fusion(stage: int) -> Fusion:
             if self.routes[stage].num_waits:
                 return ""
             alone = updates[stage].num_phases == 1 and not self.weighted
+            alone = alone and rule.forward == "newest"
             if alone and _always_follow(schedule, stage, "FBU"):
                 return "FBU"
             return "FB" if _always_follow(schedule, stage, "FB") else ""
@@ -177,9 +197,13 @@ def _find_routes(stage: int, stages: Sequence[StagePrograms]) -> Routes:
         maker = stages[source]
         there = maker.gradient_sends.index(maker.stage.sends.index(var))
         backward.setdefault(source, []).append((here, there))
+    sends = list(map(jaxprs.num_bytes, programs.stage.sends))
+    receives = [jaxprs.num_bytes(programs.stage.receives[at]) for at in programs.gradient_receives]
     return Routes(
         {target: tuple(pairs) for target, pairs in forward.items()},
         {source: tuple(pairs) for source, pairs in backward.items()},
+        {target: sum(sends[here] for here, _ in pairs) for target, pairs in forward.items()},
+        {source: sum(receives[here] for here, _ in pairs) for source, pairs in backward.items()},
         len(programs.gradient_sends),
     )
 

@@ -32,3 +32,11 @@ def placed(
 def total(parts: Sequence[Any]) -> Any:
     """The sum of what several stages send, in the order given; of one part the part itself."""
     return reduce(lambda sum_so_far, part: sum_so_far + part, parts)
+
+
+def accumulate(sums: Values | None, new: Values) -> Values:
+    """`sums` with `new` added one by one; `new` itself where there is none yet."""
+    if sums is None:
+        return new
+    pairs = zip(sums, new, strict=True)
+    return tuple(more if old is None else old + more for old, more in pairs)

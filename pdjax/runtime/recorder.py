@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -84,13 +84,13 @@ class Recorder:
         return Timeline.of(title, len(self._schedule.workers), spans)
 
     def _inputs_ready(self, event: _Event, ends: dict[tuple[str, int, int], float]) -> float:
-        first: ActionKind = "F" if event.kind in ("F", "FB", "FBU") else event.kind
+        first = cast(ActionKind, event.kind[0])
         needs = inputs_of(Action(first, event.stage, event.microbatch), self._schedule.num_stages)
         return max((self._end_of(need, ends) for need in needs), default=0.0)
 
     @staticmethod
     def _end_of(action: Action, ends: dict[tuple[str, int, int], float]) -> float:
-        kinds = (action.kind, "FB", "FBU")
+        kinds = ("B", "I", "FB", "FBU") if action.kind == "B" else (action.kind, "FB", "FBU")
         return max(ends.get((kind, action.stage, action.microbatch), 0.0) for kind in kinds)
 
 
@@ -101,6 +101,9 @@ def _lasting(kind: InstructionKind, made: Any) -> Any:
     """
     if kind == "F":
         return made
+    if kind == "I":  # the cotangents that it sends, or what it holds for the weight part
+        leaves = made[2].values
+        return made[1] or (_touch(leaves[0]) if leaves else ())
     if kind in ("FB", "FBU"):
         return made[0]
     if kind == "B" and made[1]:

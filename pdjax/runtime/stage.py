@@ -3,49 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from pdjax import jaxprs
 from pdjax.differentiate import StagePrograms
 from pdjax.jaxprs import Atom
 from pdjax.program import Program
-from pdjax.runtime.placed import Values, placed, total
+from pdjax.runtime.divided import DividedRunner
+from pdjax.runtime.inputs import Given, StageInputs, shapes
+from pdjax.runtime.inputs import Reads as Reads
+from pdjax.runtime.placed import Values, accumulate, placed
 from pdjax.runtime.update import UpdateRunner
-
-
-class Given(NamedTuple):
-    """What a pass reads besides weights and activations; what it does not read is left empty.
-
-    Attributes:
-        consts: the arrays that the loss function closed over.
-        state: the mutable state.
-        batch: the batch leaves of the microbatch.
-        key: the base key.
-        number: the global number of the microbatch, if the key is read.
-    """
-
-    consts: Values = ()
-    state: Values = ()
-    batch: Values = ()
-    key: Values = ()
-    number: Values = ()
-
-
-class Reads(NamedTuple):
-    """Which groups of `Given` a pass reads.
-
-    The others are left empty, so that nobody keeps them alive.
-    """
-
-    consts: bool
-    state: bool
-    batch: bool
-    key: bool
 
 
 class StageRunner:
@@ -58,6 +28,7 @@ class StageRunner:
     ``fused(weights, given, received, gradients)`` does both and returns
     ``(outputs, gradients, cotangents)``. ``whole(weights, given, received, optimizer_state)`` does
     the update, too, and returns ``(outputs, weights, optimizer_state, cotangents)``.
+    ``divided`` has the backward pass in two parts.
     """
 
     def __init__(
@@ -67,11 +38,12 @@ class StageRunner:
         update: UpdateRunner,
     ) -> None:
         self.programs = programs
+        self.inputs = StageInputs(programs)
         self.forward_outputs = OutputIndex(programs.forward)
         self.fused_outputs = OutputIndex(programs.fused)
-        self.forward_reads = self._reads(programs.forward)
-        self.backward_reads = self._reads(programs.backward)
-        self.fused_reads = self._reads(programs.fused)
+        self.forward_reads = self.inputs.reads(programs.forward)
+        self.backward_reads = self.inputs.reads(programs.backward)
+        self.fused_reads = self.inputs.reads(programs.fused)
         self.forward = placed(self._forward, placement)
         self.backward = placed(self._backward, placement, donate=(4,))
         self.fused = placed(self._fused, placement, donate=(3,))
@@ -79,70 +51,43 @@ class StageRunner:
         self.whole = placed(
             self._whole, placement, donate=(0, 3) if update.donates_weights else (3,)
         )
+        self._placement = placement
+
+    @cached_property
+    def divided(self) -> DividedRunner:
+        """The backward pass in two parts. It is divided when first asked for."""
+        return DividedRunner(self.programs, self.inputs, self._placement)
 
     def lowerings(self, kind: str, key: Any, accumulates: bool) -> Iterator[Callable[[], Any]]:
         """Functions that lower a pass for its first and, if it accumulates, further microbatches.
 
         Args:
-            kind: ``"F"``, ``"B"``, ``"FB"`` or ``"FBU"``; any other kind has no program here.
+            kind: ``"F"``, ``"B"``, ``"I"``, ``"W"``, ``"FB"`` or ``"FBU"``; any other kind has no
+                program here.
             key: the shape of the base key.
             accumulates: whether a minibatch has more than one microbatch.
         """
-        shapes = {name: _shapes(group) for name, group in self.programs.inputs.items()}
-        weights, received = shapes["params"], shapes["receives"]
+        weights, received = self.inputs.shapes("params"), self.inputs.shapes("receives")
         totals = (None, weights) if accumulates else (None,)
         if kind == "F":
-            given = self._given_shapes(self.forward_reads, shapes, key)
+            given = self.inputs.given_shapes(self.forward_reads, key)
             yield partial(self.forward.lower, weights, given, received)
         if kind == "B":
-            given = self._given_shapes(self.backward_reads, shapes, key)
-            saved = _shapes(self.programs.forward.outputs["saved"])
+            given = self.inputs.given_shapes(self.backward_reads, key)
+            saved = shapes(self.programs.forward.outputs["saved"])
             for total in totals:
-                cotangents = self._cotangent_shapes()
+                cotangents = self.inputs.cotangent_shapes()
                 yield partial(self.backward.lower, weights, given, saved, cotangents, total)
-        fused = self._given_shapes(self.fused_reads, shapes, key)
+        if kind in ("I", "W"):
+            yield from self.divided.lowerings(kind, key, accumulates)
+        fused = self.inputs.given_shapes(self.fused_reads, key)
         for total in totals if kind == "FB" else ():
             yield partial(self.fused.lower, weights, fused, received, total)
         if kind == "FBU":
             yield partial(self.whole.lower, weights, fused, received, self.update.state_shapes)
 
-    def _given_shapes(self, reads: Reads, shapes: dict[str, Values], key: Any) -> Given:
-        number = jax.ShapeDtypeStruct((), jnp.uint32)
-        return Given(
-            shapes["consts"] if reads.consts else (),
-            shapes["state"] if reads.state else (),
-            shapes["batch"] if reads.batch else (),
-            (key,) if reads.key else (),
-            (number,) if reads.key else (),
-        )
-
-    def _cotangent_shapes(self) -> Values:
-        pairs = zip(self.programs.cotangents, self.programs.returners, strict=True)
-        return tuple(_shapes([var]) * len(returners) for var, returners in pairs)
-
-    def _reads(self, program: Program) -> Reads:
-        read = set(program.reads)
-        inputs = self.programs.inputs
-        return Reads(**{name: not read.isdisjoint(inputs[name]) for name in Reads._fields})
-
-    def _values(self, weights: Values, given: Given) -> dict[Atom, Any]:
-        """The values of the stage's inputs other than those it receives."""
-        inputs = self.programs.inputs
-        values: dict[Atom, Any] = {}
-        values |= zip(inputs["params"], weights, strict=True)
-        if given.consts:
-            values |= zip(inputs["consts"], given.consts, strict=True)
-        if given.state:
-            values |= zip(inputs["state"], given.state, strict=True)
-        if given.batch:
-            values |= zip(inputs["batch"], given.batch, strict=True)
-        if given.key:
-            values[inputs["key"][0]] = jax.random.fold_in(given.key[0], given.number[0])
-        return values
-
     def _forward(self, weights: Values, given: Given, received: Values) -> Values:
-        values = self._values(weights, given)
-        values |= zip(self.programs.inputs["receives"], received, strict=True)
+        values = self.inputs.values(weights, given) | self.inputs.received(received)
         return self.forward_outputs.distinct(self.programs.forward.run(values))
 
     def _backward(
@@ -153,21 +98,18 @@ class StageRunner:
         cotangents: Values,
         gradients: Values | None,
     ) -> tuple[Values, Values]:
-        programs = self.programs
-        values = self._values(weights, given)
-        values |= zip(programs.forward.outputs["saved"], saved, strict=True)
-        values |= zip(programs.cotangents, map(total, cotangents), strict=True)
-        made = programs.backward.run(values | self._seed())
-        return _accumulate(gradients, made["params"]), made["receives"]
+        values = self.inputs.values(weights, given) | self.inputs.saved(saved)
+        values |= self.inputs.cotangents(cotangents) | self.inputs.seed()
+        made = self.programs.backward.run(values)
+        return accumulate(gradients, made["params"]), made["receives"]
 
     def _fused(
         self, weights: Values, given: Given, received: Values, gradients: Values | None
     ) -> tuple[Values, Values, Values]:
-        values = self._values(weights, given)
-        values |= zip(self.programs.inputs["receives"], received, strict=True)
-        made = self.programs.fused.run(values | self._seed())
+        values = self.inputs.values(weights, given) | self.inputs.received(received)
+        made = self.programs.fused.run(values | self.inputs.seed())
         outputs = self.fused_outputs.distinct(made)
-        return outputs, _accumulate(gradients, made["params"]), made["receives"]
+        return outputs, accumulate(gradients, made["params"]), made["receives"]
 
     def _whole(
         self, weights: Values, given: Given, received: Values, optimizer_state: Values
@@ -176,10 +118,6 @@ class StageRunner:
         outputs, gradients, cotangents = self._fused(weights, given, received, None)
         weights, optimizer_state = self.update.whole(weights, optimizer_state, gradients)
         return outputs, weights, optimizer_state, cotangents
-
-    def _seed(self) -> dict[Atom, Any]:
-        seed = self.programs.seed
-        return {} if seed is None else {seed: jnp.ones((), jaxprs.aval(seed).dtype)}
 
 
 class OutputIndex:
@@ -209,13 +147,3 @@ class OutputIndex:
         for name in ("sends", "state", "results", "saved"):
             found |= zip(getattr(self, name), made.get(name, ()), strict=True)
         return tuple(found[at] for at in range(len(found)))
-
-
-def _shapes(group: Sequence[Atom]) -> Values:
-    return tuple(map(jaxprs.shape_of, group))
-
-
-def _accumulate(total: Values | None, new: Values) -> Values:
-    if total is None:
-        return new
-    return tuple(old + more for old, more in zip(total, new, strict=True))

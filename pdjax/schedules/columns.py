@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,8 @@ KINDS = "FBIWU"
 """The kinds of actions, in the order of their codes."""
 
 F, B, I, W, U = range(len(KINDS))  # noqa: E741  # the letters of the field
-_CODES = {kind: code for code, kind in enumerate(KINDS)}
+_CODES = np.full(256, -1)  # by letter
+_CODES[list(KINDS.encode())] = range(len(KINDS))
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,13 +46,16 @@ class Columns:
     def of(cls, workers: Sequence[Sequence[tuple[str, int, int]]]) -> Columns:
         """The columns of lists of actions."""
         lengths = [len(worker) for worker in workers]
-        flat = [action for worker in workers for action in worker]
-        kinds, stages, microbatches = zip(*flat, strict=True) if flat else ((), (), ())
+        flat = list(chain.from_iterable(workers))
+        kinds = "".join(map(itemgetter(0), flat))
+        stages, microbatches = (
+            np.fromiter(map(itemgetter(at), flat), np.int64, len(flat)) for at in (1, 2)
+        )
         return cls(
             np.repeat(np.arange(len(workers)), lengths),
-            np.fromiter((_CODES[kind] for kind in kinds), np.int64, len(flat)),
-            np.array(stages, np.int64),
-            np.array(microbatches, np.int64),
+            _CODES[np.frombuffer(kinds.encode(), np.uint8)],
+            stages,
+            microbatches,
             len(workers),
         )
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pdjax.figures import save_timeline
 from pdjax.timeline import Timeline
+from pdjax.timeline_figures import save_timeline
 
 _FILES = ("metrics.jsonl", "summary.json", "timeline.png")
 
