@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from heapq import heappop, heappush
+
 import numpy as np
 
 from pdjax.schedules.columns import B, Columns, I, U
@@ -20,31 +22,56 @@ def dispatch_order(schedule: Schedule) -> tuple[Action, ...]:
     Raises:
         ScheduleError: if an action needs a result of a later cycle, or actions wait in a circle.
     """
-    columns = schedule.columns
-    neighbours, forwards = needs_in_cycle(columns, schedule.cycle).tolist()
-    actions, starts = schedule.actions, columns.starts.tolist()
-    at, stops = starts[:-1], starts[1:]
-    done = [*[False] * len(actions), True, False]  # the last two: _EARLIER, _NEVER
-    order: list[Action] = []
-    waiting = [number for number in range(columns.num_workers) if at[number] < stops[number]]
-    while waiting:
-        before = len(order)
-        for number in waiting:
-            head = at[number]
-            if done[neighbours[head]] and done[forwards[head]]:
-                order.append(actions[head])
-                done[head] = True
-                at[number] = head + 1
-        if len(order) == before:
-            missing = {
-                at[number]: neighbours[at[number]]
-                if not done[neighbours[at[number]]]
-                else forwards[at[number]]
-                for number in waiting
-            }
-            raise _stuck(schedule, missing)
-        waiting = [number for number in waiting if at[number] < stops[number]]
-    return tuple(order)
+    columns, actions = schedule.columns, schedule.actions
+    needs = needs_in_cycle(columns, schedule.cycle)
+    order = _in_rounds(columns, needs)
+    if len(order) < len(actions):
+        done = np.zeros(len(actions) + 2, bool)
+        done[order] = done[_EARLIER] = True
+        heads = columns.starts[:-1] + np.bincount(
+            columns.worker[order], minlength=columns.num_workers
+        )
+        heads = heads[heads < columns.starts[1:]]
+        first, second = needs[:, heads]
+        missing = np.where(done[first], second, first)
+        raise _stuck(schedule, dict(zip(heads.tolist(), missing.tolist(), strict=True)))
+    return tuple(map(actions.__getitem__, order))
+
+
+def _in_rounds(columns: Columns, needs: np.ndarray) -> list[int]:
+    """Actions in rounds: in each one, the workers in turn do their next action if they can.
+
+    Of a round only those workers are visited that can. Returns fewer actions if the others never
+    can.
+    """
+    at, last = np.indices(needs.shape)[1], len(columns)
+    # what comes earlier in the worker's own list need not be waited for
+    own = (columns.worker[needs] == columns.worker) & (needs >= 0) & (needs < at)
+    waits = (needs != _EARLIER) & ~own
+    missing = waits.sum(axis=0).tolist()
+    asked, asking = needs[waits & (needs >= 0)], at[waits & (needs >= 0)]
+    by_asked = np.argsort(asked, kind="stable")
+    asking = asking[by_asked].tolist()
+    first = np.searchsorted(asked[by_asked], np.arange(last + 1)).tolist()
+    worker, count = columns.worker.tolist(), columns.num_workers
+    heads, stops = columns.starts[:-1].tolist(), columns.starts[1:].tolist()
+    # round times the number of workers, plus the worker
+    turns = [n for n in range(count) if heads[n] < stops[n] and not missing[heads[n]]]
+    order = []
+    while turns:
+        turn = heappop(turns)
+        number = turn % count
+        head = heads[number]
+        order.append(head)
+        heads[number] = head + 1
+        if head + 1 < stops[number] and not missing[head + 1]:
+            heappush(turns, turn + count)
+        for waiting in asking[first[head] : first[head + 1]]:
+            missing[waiting] -= 1
+            other = worker[waiting]
+            if not missing[waiting] and heads[other] == waiting and other != number:
+                heappush(turns, turn - number + other + (count if other < number else 0))
+    return order
 
 
 def needs_in_cycle(columns: Columns, cycle: int) -> np.ndarray:

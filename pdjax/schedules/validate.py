@@ -89,19 +89,30 @@ class Check:
     def _places(self) -> None:
         """All passes of a microbatch are on one worker; replicas take turns."""
         c = self.columns
-        passes = self.position[c.kind != U]
+        where = self._positions()
         replicas = np.array(self.schedule.replicas)
         for stage in np.flatnonzero(replicas > 1).tolist():
-            mine = passes[c.stage[passes] == stage]
-            turn = c.microbatch[mine] % replicas[stage]
+            mine = self.position[(c.stage == stage) & (c.kind != U)]
+            first = where[F, stage, c.microbatch[mine]]
+            apart = mine[c.worker[mine] != c.worker[first]]
+            if apart.size:
+                later = self._action(apart[0])
+                action = Action("F", stage, later.microbatch)
+                at = c.worker[where[F, stage, later.microbatch]]
+                self._fail(
+                    f"{action} is on worker {at} and {later} on worker {c.worker[apart[0]]}; "
+                    "expected all passes of a microbatch on one worker",
+                    action,
+                )
             holders = np.array(self.schedule.holders[stage])
-            wrong = np.flatnonzero(holders[turn] != c.worker[mine])
+            due = holders[c.microbatch[mine] % replicas[stage]]
+            wrong = np.flatnonzero(due != c.worker[mine])
             if wrong.size:
                 action = self._action(mine[wrong[0]])
                 self._fail(
-                    f"{action} is on worker {c.worker[mine[wrong[0]]]}, but stage {stage} is on "
-                    f"the workers {holders.tolist()}; expected one worker, or that they take its "
-                    f"microbatches in turns (this one on worker {holders[turn[wrong[0]]]})",
+                    f"{action} is on worker {c.worker[mine[wrong[0]]]}, but the workers "
+                    f"{holders.tolist()} of stage {stage} take its microbatches in turns; expected "
+                    f"it on worker {due[wrong[0]]}, or the whole stage on one worker",
                     action,
                 )
 
@@ -122,12 +133,14 @@ class Check:
         """Every update applies all gradients of one minibatch or round, on every replica."""
         c = self.columns
         groups = np.asarray(c.per_update(self.fed))
+        by_stage = np.lexsort((self.position, c.worker, c.stage))
+        places = (c.stage * c.num_workers + c.worker)[by_stage]
         for stage, holders in enumerate(self.schedule.holders):
-            mine = c.stage == stage
             size = self._update_size(stage, int(groups[stage]))
             for worker in holders:
-                here = self.position[mine & (c.worker == worker)]
-                self._updates_of(here, size)
+                place = stage * c.num_workers + worker
+                start, stop = np.searchsorted(places, [place, place + 1])
+                self._updates_of(by_stage[start:stop], size)
 
     def _update_size(self, stage: int, counted: int) -> int:
         """Microbatches that an update of a stage applies: of a minibatch, or of a round."""
