@@ -171,7 +171,7 @@ def _baked(
     return tuple(renamed(equation, names) for equation in equations), _read(outvars, names)
 
 
-def _read(atoms: Sequence[Atom], names: Mapping[Var, Atom]) -> list[Atom]:
+def _read(atoms: Sequence[Atom], names: Mapping[Var, Atom]) -> list[Any]:
     """What `atoms` are called."""
     return [names.get(atom, atom) if isinstance(atom, jex.Var) else atom for atom in atoms]
 

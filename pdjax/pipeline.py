@@ -42,6 +42,7 @@ from pdjax.runtime.recorder import Recorder
 from pdjax.runtime.state import Run
 from pdjax.schedules import Schedule
 from pdjax.settings import Settings
+from pdjax.simulator import simulate
 from pdjax.timeline import Timeline
 from pdjax.topology import Topology
 from pdjax.weights import WeightRule
@@ -442,6 +443,35 @@ class Pipeline:
         """
         prepared, run = self._training_of(state).prepared, state.run
         return count(run.passes or prepared.passes, run, prepared.schedule)
+
+    def simulate(
+        self,
+        profile: Profile,
+        topology: Topology | str | None = None,
+        *,
+        num_minibatches: int = 1,
+    ) -> Timeline:
+        """What would happen when, if the stages took what a profile says.
+
+        Bytes are those of the compiled stages, so that what is held and sent is what `counts`
+        counts. Like `plan` it is about the last `init`.
+
+        Args:
+            profile: the model's figures, as `Pipeline.profile` returns them.
+            topology: how the devices are joined; transfers take no time if not given.
+            num_minibatches: how many steps are simulated, with the drain after the last one.
+
+        Raises:
+            ValueError: if the profile is another model's.
+        """
+        prepared = self._last_training().prepared
+        return simulate(
+            prepared.schedule,
+            prepared.stage_costs(profile),
+            read_topology(topology),
+            rule=prepared.rule,
+            num_minibatches=num_minibatches,
+        )
 
     @contextmanager
     def record(self, state: PipelineState) -> Iterator[None]:

@@ -33,7 +33,9 @@ from pdjax.runtime.update import UpdateRunner
 from pdjax.schedules import Schedule
 from pdjax.schedules.versions import delay_of, peak_versions
 from pdjax.settings import Settings, make_schedule, place_stages
+from pdjax.simulator import StageCost
 from pdjax.split import StageSplit, split
+from pdjax.stage_costs import stage_costs
 from pdjax.trees import own_copy, place
 
 _log = logging.getLogger("pdjax")
@@ -204,6 +206,10 @@ class Prepared:
             list(map(jaxprs.aval, traced.metrics)),
             count,
         )
+
+    def stage_costs(self, profile: Profile) -> tuple[StageCost, ...]:
+        """What the stages cost, with the seconds of a profile."""
+        return stage_costs(self.passes, self._updates, self.plan, profile)
 
     @property
     def passes(self) -> Passes:

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
+
+import numpy as np
+
+from pdjax.rows import column
 
 SpanKind = Literal["F", "B", "I", "W", "U", "FB", "FBU"]
 """What a worker does: forward pass, backward pass, its input part, its weight part, update of the
@@ -103,14 +107,15 @@ class Timeline:
 
     title: str
     num_workers: int
-    spans: tuple[Span, ...]
-    transfers: tuple[Transfer, ...] = ()
-    memory: tuple[Held, ...] = ()
+    spans: Sequence[Span]
+    transfers: Sequence[Transfer] = ()
+    memory: Sequence[Held] = ()
 
     def __post_init__(self) -> None:
-        for entry in (*self.spans, *self.transfers):
-            if not entry.start_s <= entry.end_s:
-                raise ValueError(f"{entry} ends before it starts.")
+        for entries in (self.spans, self.transfers):
+            wrong = ~(column(entries, "start_s") <= column(entries, "end_s"))
+            if wrong.any():
+                raise ValueError(f"{entries[int(wrong.argmax())]} ends before it starts.")
 
     @classmethod
     def of(cls, title: str, num_workers: int, spans: Iterable[Span]) -> Timeline:
@@ -123,7 +128,7 @@ class Timeline:
     @cached_property
     def makespan_s(self) -> float:
         """From the first start to the last end of a span, in seconds."""
-        return max((span.end_s for span in self.spans), default=0.0)
+        return float(column(self.spans, "end_s").max(initial=0.0))
 
     def spans_of(self, worker: int) -> tuple[Span, ...]:
         """What one worker did, in order."""
@@ -138,7 +143,13 @@ class Timeline:
 
     def busy_s(self, worker: int) -> float:
         """How long a worker had something to do, in seconds."""
-        return sum(span.duration_s for span in self.spans_of(worker))
+        return float(self._busy_s[worker])
+
+    @cached_property
+    def _busy_s(self) -> np.ndarray:
+        durations_s = column(self.spans, "end_s") - column(self.spans, "start_s")
+        workers = column(self.spans, "worker").astype(int)
+        return np.bincount(workers, weights=durations_s, minlength=self.num_workers)
 
     def utilisation(self, worker: int) -> float:
         """The share of the makespan in which a worker had something to do."""
@@ -164,15 +175,20 @@ class Timeline:
     @cached_property
     def link_bytes(self) -> dict[tuple[int, int], int]:
         """Bytes that each worker sent to each other one, by (source, target)."""
-        found: defaultdict[tuple[int, int], int] = defaultdict(int)
-        for transfer in self.transfers:
-            found[transfer.source, transfer.target] += transfer.num_bytes
-        return dict(sorted(found.items()))
+        source, target, sizes = (
+            column(self.transfers, name).astype(int) for name in ("source", "target", "num_bytes")
+        )
+        links, link = np.unique(source * self.num_workers + target, return_inverse=True)
+        sums = np.zeros(len(links), np.int64)
+        np.add.at(sums, link, sizes)
+        pairs = (divmod(number, self.num_workers) for number in links.tolist())
+        return dict(zip(pairs, sums.tolist(), strict=True))
 
     def peak_bytes(self, worker: int) -> int:
         """The most that a worker held at once of stash and versions, in bytes."""
-        mine = (h.stash_bytes + h.version_bytes for h in self.memory if h.worker == worker)
-        return max(mine, default=0)
+        mine = column(self.memory, "worker") == worker
+        sums = column(self.memory, "stash_bytes") + column(self.memory, "version_bytes")
+        return int(sums[mine].max(initial=0))
 
     def __str__(self) -> str:
         lines = [f"{self.title}: {self.makespan_s * 1e3:.2f} ms, {self.bubble_share:.0%} bubble"]
@@ -184,7 +200,8 @@ class Timeline:
         """The timeline as JSON."""
         value = {"title": self.title, "num_workers": self.num_workers}
         return json.dumps(
-            value | {"spans": self.spans, "transfers": self.transfers, "memory": self.memory}
+            value
+            | {"spans": [*self.spans], "transfers": [*self.transfers], "memory": [*self.memory]}
         )
 
     @classmethod

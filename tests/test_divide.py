@@ -397,18 +397,24 @@ def test_side_effects_happen_once_and_pull_no_gradient_forward():
     assert sorted(seen) == ["cotangent"] * 2 + ["gradient"] * 2
 
 
-def test_the_result_of_a_callback_is_held():
-    """It is made of parameters alone, but who knows what it would be a second time."""
+def test_a_callback_is_not_called_again_for_the_weights():
+    """It reads parameters alone, but what it says may differ from one microbatch to the next."""
+    shape = jax.ShapeDtypeStruct((), jnp.float32)
 
-    def layer(w, x, key):
-        shape = jax.ShapeDtypeStruct((), jnp.float32)
+    @jax.checkpoint
+    def product(w, x):
         scale = jax.pure_callback(lambda w: np.float32(2), shape, jax.lax.stop_gradient(w))
-        return jnp.tanh(jax.checkpoint(lambda w, x: x @ (w * scale))(w, x))
+        return x @ (w * scale)
 
-    programs = middle(chain(layer), remat="full")
+    programs = middle(chain(lambda w, x, key: jnp.tanh(product(w, x))))
     parts = divide(programs)
-    again = [e for e in parts.weight_part.equations if e in set(parts.input_part.equations)]
-    assert not any(map(jaxprs.has_effects, again))
+    calls = [
+        sum(map(jaxprs.has_effects, part.equations))
+        for part in (parts.input_part, parts.weight_part)
+    ]
+    assert calls == [2, 0]
+    held = parts.input_part.outputs["held"]
+    assert sorted(jaxprs.aval(var).shape for var in held) == [(), (), (ROWS, WIDTH), (ROWS, WIDTH)]
     assert_disjoint(programs, parts)
 
 
@@ -556,7 +562,7 @@ class Line:
 @pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("name", CASES)
 def test_two_parts_make_what_the_whole_makes(name, remat):
-    compare(CASES[name](), remat, num_microbatches=2)
+    compare(CASES[name](), remat, num_microbatches=2, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -570,16 +576,16 @@ def test_two_parts_make_what_the_whole_makes(name, remat):
     ],
 )
 def test_two_parts_of_the_models(name, remat, options):
-    compare(zoo.MODELS[name](**options), remat, num_microbatches=1)
+    compare(zoo.MODELS[name](**options), remat, num_microbatches=1, atol=1e-5, rtol=1e-4)
 
 
-def compare(case: zoo.Case, remat: Any, num_microbatches: int) -> None:
+def compare(case: zoo.Case, remat: Any, num_microbatches: int, **tolerance: float) -> None:
     batch = case.make_batch(zoo.MICROBATCH, 0)
     graph = build_graph(case.loss_fn, case.params, batch, FAST_KEY, model_state=case.model_state)
     stages = split(graph, [len(graph.layers) * i // 3 for i in range(3)])
     line = Line(stages, differentiate(stages, (remat, remat, remat)))
     whole, parts = (line.run(case, in_parts, num_microbatches) for in_parts in (False, True))
-    chex.assert_trees_all_close(parts, whole, atol=1e-6, rtol=1e-5)
+    chex.assert_trees_all_close(parts, whole, **tolerance)
 
 
 def test_two_parts_make_the_same_to_the_last_bit():
@@ -634,3 +640,22 @@ def test_held_values_are_where_the_stage_is():
     assert held.values
     assert all(value.devices() == {jax.devices()[1]} for value in held.values)
     assert sum(value.nbytes for value in held.values) == runner.divided.backward.held_bytes
+
+
+def test_a_cotangent_that_is_sent_and_held_is_one_array():
+    def loss_fn(p, batch, rng):
+        u, v = jnp.tanh(batch["x"] @ p["w0"]), jnp.tanh(batch["x"] @ p["w1"])
+        return jnp.mean(jnp.tanh((u @ p["w2"] + v) @ p["w3"]) ** 2)
+
+    case = test_features.functional(loss_fn, **test_features.weights(4))
+    line = Line(*stages_of(case.loss_fn, case.params, case.make_batch(2, 0), (0, 2, 3)))
+    chex.assert_trees_all_close(line.run(case, True), line.run(case, False), rtol=1e-6)
+    outputs = line.programs[1].backward.outputs["receives"]
+    assert len(outputs) == 2
+    inputs = list(line.inputs(case, case.make_batch(2, 0), 0))
+    saved = line.forward(inputs)
+    given = restricted(inputs[1][1], line.runners[1].backward_reads)
+    cotangents = ((jnp.ones((2, 4)),),)
+    run = line.runners[1].divided.input_part
+    _, sent, held = run(inputs[1][0], given, saved[1], cotangents, None)
+    assert any(value is cotangent for value in held.values for cotangent in sent[1:])

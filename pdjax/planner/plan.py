@@ -29,10 +29,12 @@ class StageFigures:
         workers: the workers that hold a replica of it, by number, in topology order.
         warm_up: forward passes of each worker before its first backward pass.
         remat: ``"full"`` if its backward pass repeats the forward pass, to save memory.
-        compute_s: seconds that one worker computes for a microbatch.
+        forward_s: seconds that one worker takes for the forward pass of a microbatch.
+        compute_s: seconds that it takes for both passes, with what it recomputes.
         stage_s: seconds for each microbatch of all its workers together, with their all-reduce.
         param_bytes: bytes of one version of its weights.
         stash_bytes: bytes that wait for the backward pass, for each microbatch in flight.
+        cut_bytes: bytes that it sends to the next stage for each microbatch; about as many return.
         in_flight: the most microbatches in flight on each worker.
         peak_bytes: the most that each worker holds: versions of the weights, gradients, optimizer
             state, the stash, buffers.
@@ -43,10 +45,12 @@ class StageFigures:
     workers: tuple[int, ...]
     warm_up: int
     remat: Literal["none", "full"]
+    forward_s: float
     compute_s: float
     stage_s: float
     param_bytes: float
     stash_bytes: float
+    cut_bytes: float
     in_flight: int
     peak_bytes: float
     limit_bytes: float | None
@@ -63,8 +67,8 @@ class StageFigures:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number from 0 on.")
         if self.remat not in ("none", "full"):
             raise ValueError(f"remat is {self.remat!r}; expected 'none' or 'full'.")
-        _check_amounts(self, ("compute_s", "stage_s", "param_bytes", "stash_bytes", "peak_bytes"))
-        _check_amounts(self, ("wire_bytes",))
+        _check_amounts(self, ("forward_s", "compute_s", "stage_s", "peak_bytes", "wire_bytes"))
+        _check_amounts(self, ("param_bytes", "stash_bytes", "cut_bytes"))
         if self.limit_bytes is not None:
             _check_amounts(self, ("limit_bytes",))
 

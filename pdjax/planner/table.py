@@ -20,9 +20,9 @@ def describe(plan: Plan) -> str:
     """The stages as a table; then, where it is known, what is predicted and the advice."""
     if not plan.stages:
         return _short(plan)
-    parts = [_table(_stage_rows(plan))]
+    parts = [lay_out(_stage_rows(plan))]
     if plan.prediction is not None:
-        parts += [_table(_strategy_rows(plan.prediction)), plan.prediction.advice]
+        parts += [lay_out(_strategy_rows(plan.prediction)), plan.prediction.advice]
     return "\n\n".join(parts)
 
 
@@ -104,20 +104,21 @@ def _strategy_row(strategy: Strategy, prediction: Prediction) -> list[str]:
         strategy.name,
         str(strategy.workers),
         format_seconds(strategy.microbatch_s * prediction.num_microbatches),
-        "" if size is None else _rate(size, strategy.microbatch_s),
+        "" if size is None else format_rate(size, strategy.microbatch_s),
         format_bytes(strategy.wire_bytes / (size or 1)),
         format_bytes(strategy.peak_bytes),
         "" if strategy.fits else "does not fit",
     ]
 
 
-def _rate(count: int, seconds: float) -> str:
+def format_rate(count: int, seconds: float) -> str:
+    """`count` per second, for people: ``"1,204"``."""
     rate = count / seconds if seconds else float("inf")
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they must be; the first two of text to the left, figures to the right."""
+def lay_out(rows: Sequence[Sequence[str]]) -> str:
+    """A table of rows, the first one its head: text to the left, figures to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -130,4 +131,4 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _is_text(column: int, rows: Sequence[Sequence[str]]) -> bool:
-    return rows[0][column] in ("", "layers", "workers", "stage")
+    return rows[0][column] in ("", "layers", "workers", "stage", "schedule")

@@ -1,0 +1,74 @@
+"""What a schedule takes once it is under way.
+
+Nothing here imports JAX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pdjax.schedules import Schedule
+from pdjax.schedules.columns import Columns, U
+from pdjax.schedules.versions import delay_of, versions_read
+from pdjax.simulator.laid_out import LaidOut
+from pdjax.simulator.stage_cost import StageCost
+from pdjax.topology import Topology
+from pdjax.weights import WeightRule
+
+
+def steady_s(
+    schedule: Schedule,
+    costs: Sequence[StageCost],
+    topology: Topology | None = None,
+    *,
+    workers: Sequence[int] | None = None,
+) -> float:
+    """Seconds for each minibatch, once a schedule is under way.
+
+    Of one that is flushed, those of a minibatch from its first action to its last. Of another, the
+    time between two updates of its first stage, over the minibatches in between: the pipeline
+    fills for at least four times as many microbatches as there are workers, and then runs as long
+    again.
+
+    Args:
+        schedule: what is run.
+        costs: of each stage, in seconds and bytes.
+        topology: how the workers are joined; if None, transfers and all-reduces take no time.
+        workers: for each worker of the schedule its number in the topology; the same if None.
+
+    Raises:
+        ValueError: if the costs or the workers are not for this schedule.
+        ScheduleError: if an action waits for ever.
+    """
+    if schedule.flushes:
+        laid_out = LaidOut(schedule, schedule.unrolled(1), costs, topology, workers)
+        return float(laid_out.times().end_s.max(initial=0.0))
+    cycles = schedule.lag + -(-4 * len(schedule.workers) // schedule.cycle)
+    columns = schedule.unrolled((2 * cycles + schedule.lag + 1) * schedule.num_minibatches)
+    times = LaidOut(schedule, columns, costs, topology, workers).times()
+    updates = np.flatnonzero(_updates(columns, schedule))
+    each = np.count_nonzero(_updates(schedule.columns, schedule))  # in a cycle
+    first, last = times.end_s[updates[[cycles * each - 1, 2 * cycles * each - 1]]]
+    return float(last - first) / (cycles * schedule.num_minibatches)
+
+
+def _updates(columns: Columns, schedule: Schedule) -> np.ndarray:
+    """Which actions are updates of the first stage, on one of its workers."""
+    mine = (columns.worker == schedule.worker_of(0)) & (columns.stage == 0)
+    return mine & (columns.kind == U)
+
+
+def staleness(schedule: Schedule, rule: WeightRule) -> tuple[int, ...]:
+    """For each stage how many updates old its gradients are when they are applied, at the most.
+
+    Args:
+        schedule: the schedule.
+        rule: which versions of the weights its passes read.
+    """
+    columns = schedule.unrolled(3 * (schedule.lag + 1) * schedule.num_minibatches)
+    read = versions_read(columns, rule, schedule.num_microbatches, delay_of(rule, schedule))
+    found = np.zeros(schedule.num_stages, np.int64)
+    np.maximum.at(found, columns.stage[read.at], read.staleness)
+    return tuple(found.tolist())

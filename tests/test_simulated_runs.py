@@ -1,0 +1,135 @@
+"""The simulator and the executor do the same: action for action, byte for byte."""
+
+from __future__ import annotations
+
+import functools
+from itertools import pairwise
+
+import optax
+import pytest
+import zoo
+
+import pdjax
+from pdjax.profile import LayerProfile, Profile
+from pdjax.schedules import ALGORITHMS
+from pdjax.simulator import peak_bytes
+
+SIZES = [(1, 2), (2, 3), (3, 4), (4, 5)]
+STEPS = 9  # so that the versions of four stages are all there
+
+
+@functools.cache
+def case(stale: bool = False) -> zoo.Case:
+    """A model; unless weights may be stale, with a skip connection from the first stage."""
+    return zoo.dense_blocks(num_blocks=8, skip=not stale)
+
+
+def flat_profile(plan: pdjax.Plan) -> Profile:
+    return Profile(tuple(LayerProfile(name, 1.0, 2.0, 0.0, 0.0) for name in plan.layers))
+
+
+def run(name, num_workers, num_microbatches, **options):
+    """Trains a few steps and drains; returns the pipeline, its state, and what was dispatched."""
+    algorithm = ALGORITHMS[name]
+    m = num_microbatches if algorithm.divides else 1
+    m = max(m, num_workers) if name == "pipedream_2bw" else m
+    pipe = pdjax.Pipeline(
+        case(algorithm.stale).loss_fn,
+        optax.adam(1e-3),
+        schedule=name,
+        num_stages=num_workers * algorithm.num_chunks,
+        num_microbatches=m,
+        **options,
+    )
+    batch = case().make_batch(m * zoo.MICROBATCH, 0)
+    state = pipe.init(case().params, batch)
+    seen = [[] for _ in pipe.schedule.workers]
+
+    def observe(kind, stage, microbatch, made):
+        del made
+        worker = seen[pipe.schedule.worker_of(stage)]
+        worker += [pdjax.Action(each, stage, microbatch) for each in kind]
+
+    state.executor.observer = observe
+    for _ in range(STEPS):
+        state, _ = pipe.step(state, batch)
+    state = pipe.drain(state)
+    return pipe, state, seen
+
+
+@pytest.mark.parametrize(("num_workers", "num_microbatches"), SIZES)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_what_is_done_is_what_was_planned_and_simulated(name, num_workers, num_microbatches):
+    pipe, state, seen = run(name, num_workers, num_microbatches)
+    planned = pipe.schedule.unroll(STEPS)
+    assert tuple(map(tuple, seen)) == planned
+    timeline = pipe.simulate(flat_profile(pipe.plan), num_minibatches=STEPS)
+    for worker, actions in enumerate(planned):
+        spans = [(s.kind, s.stage, s.microbatch) for s in timeline.spans_of(worker)]
+        assert spans == list(map(tuple, actions))
+    counts = pipe.counts(state)
+    assert counts.link_bytes == timeline.link_bytes
+    costs = state._training.prepared.stage_costs(flat_profile(pipe.plan))
+    for stage, actions in enumerate(counts.actions):
+        expected = [a.kind for worker in planned for a in worker if a.stage == stage]
+        assert actions == {kind: expected.count(kind) for kind in sorted(set(expected))}
+    rule = ALGORITHMS[name].weight_rule
+    assert counts.peak_bytes == peak_bytes(pipe.schedule, costs, rule)
+    for worker, peak in enumerate(counts.peak_bytes):
+        stages = pipe.schedule.stages_of(worker)
+        fixed = sum(costs[s].optimizer_bytes + costs[s].gradient_bytes for s in stages)
+        assert fixed + timeline.peak_bytes(worker) == peak
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_bytes_that_are_counted_are_those_of_the_arrays(name, remat):
+    pipe, state, _ = run(name, 2, 3, remat=remat)
+    batch = case().make_batch(pipe.schedule.num_microbatches * zoo.MICROBATCH, 0)
+    current, most = state.run, [0, 0]
+
+    def observe(kind, stage, microbatch, made):
+        del kind, microbatch, made
+        worker = pipe.schedule.worker_of(stage)
+        held = [current.stages[s] for s in pipe.schedule.stages_of(worker)]
+        stash = [x for each in held for entry in each.stash.values() for x in entry.saved]
+        stash += [x for each in held for e in each.halfway.values() for x in e.held.values]
+        assert sum(x.nbytes for x in stash) == current.workers[worker].stash_bytes
+        most[worker] = max(most[worker], current.workers[worker].stash_bytes)
+        versions = 0
+        for each in held:
+            pinned = [e.weights for e in (*each.stash.values(), *each.halfway.values())]
+            alive = {id(w) for w in (each.weights, *each.older.values(), *pinned) if w}
+            versions += len(alive) * each.weight_bytes
+        assert versions == current.workers[worker].version_bytes
+
+    state.executor.observer = observe
+    for _ in range(4):
+        state, _ = pipe.step(state, batch)
+    state = pipe.drain(state)
+    assert max(most) > 0 or remat == "full"
+
+
+def test_a_simulation_takes_the_time_of_the_profile():
+    pipe, _, _ = run("gpipe", 2, 3)
+    bounds = [*pipe.plan.first_layers, len(pipe.plan.layers)]
+    first, second = (b - a for a, b in pairwise(bounds))
+    timeline = pipe.simulate(flat_profile(pipe.plan))
+    slow = max(first, second)
+    assert timeline.makespan_s == first + second + 2 * slow + 2 * (first + second + 2 * slow)
+
+
+def test_a_profile_of_another_model_is_refused():
+    pipe, _, _ = run("gpipe", 2, 3)
+    other = Profile((LayerProfile("other", 1.0, 2.0, 0.0, 0.0),))
+    with pytest.raises(ValueError, match="expected that of this model"):
+        pipe.simulate(other)
+
+
+def test_counting_goes_on_over_batches_of_other_shapes():
+    pipe, state, _ = run("one_f_one_b", 2, 2)
+    before = pipe.counts(state)
+    state, _ = pipe.step(state, case().make_batch(8, 0))
+    after = pipe.counts(state)
+    assert after.actions[0]["F"] == before.actions[0]["F"] + 2
+    assert after.link_bytes[0, 1] > before.link_bytes[0, 1]
