@@ -14,22 +14,15 @@ from pdjax.schedules import ALGORITHMS as ALGORITHMS
 from pdjax.schedules import Action as Action
 from pdjax.schedules import Schedule as Schedule
 from pdjax.schedules import ScheduleError as ScheduleError
-from pdjax.schedules import forward_only as forward_only
 from pdjax.schedules import gpipe as gpipe
-from pdjax.schedules import interleaved as interleaved
 from pdjax.schedules import model_parallel as model_parallel
 from pdjax.schedules import one_f_one_b as one_f_one_b
 from pdjax.schedules import pipedream as pipedream
-from pdjax.schedules import pipedream_2bw as pipedream_2bw
 from pdjax.schedules import validate as validate
-from pdjax.schedules import zero_bubble_h1 as zero_bubble_h1
-from pdjax.schedules import zero_bubble_v as zero_bubble_v
 from pdjax.timeline import Timeline as Timeline
 from pdjax.topology import Topology as Topology
-from pdjax.weights import DOUBLE_BUFFER as DOUBLE_BUFFER
 from pdjax.weights import LATEST as LATEST
 from pdjax.weights import STASH as STASH
-from pdjax.weights import VERTICAL_SYNC as VERTICAL_SYNC
 from pdjax.weights import WeightRule as WeightRule
 
 __version__ = "0.1.0"

@@ -40,6 +40,9 @@ def check_rng(rng: Any) -> None:
         raise ValueError(f"rng={rng!r}; expected a random key, such as jax.random.key(0).")
 
 
+AUTO = "auto"
+"""What stands in the place of a schedule that is to be found."""
+
 DEFAULT_PLAN: Literal["auto", "balanced"] = "auto"
 """What is done where no plan is given."""
 
@@ -103,17 +106,19 @@ def read_profile(profile: Profile | str | PathLike[str] | None) -> Profile | Non
     return load_profile(profile)
 
 
-def check_machines(plan: Any, topology: Topology | None, profile: Profile | None) -> None:
-    """Raises ValueError if what an automatic plan needs is given with another plan.
+def check_machines(
+    plan: Any, topology: Topology | None, profile: Profile | None, schedule: str | Schedule
+) -> None:
+    """Raises ValueError if what an automatic plan or schedule needs is given where neither is.
 
     A `Plan` may come with a topology: it must fit into that.
     """
-    if plan == "auto":
+    if plan == "auto" or schedule == AUTO:
         return
     if profile is not None or (topology is not None and not isinstance(plan, Plan)):
         raise ValueError(
-            "topology and profile serve plan='auto', but another plan is given. Leave them out, "
-            "or leave the plan out."
+            "topology and profile serve plan='auto' and schedule='auto', but another plan and "
+            "schedule are given. Leave them out, or leave the plan out."
         )
     if topology is None:
         return
@@ -142,7 +147,8 @@ def read_schedule(schedule: str | Schedule | PathLike[str]) -> str | Schedule:
     if isinstance(schedule, PathLike) or (isinstance(schedule, str) and schedule.endswith(".txt")):
         return Schedule.load(schedule)
     if isinstance(schedule, str):
-        find_algorithm(schedule)
+        if schedule != AUTO:
+            find_algorithm(schedule)
     elif not isinstance(schedule, Schedule):
         raise ValueError(
             f"schedule={schedule!r}; expected a name such as 'one_f_one_b', the path of a .txt "
@@ -161,6 +167,13 @@ def choose_num_chunks(schedule: str | Schedule, wish: int | None) -> int:
         if wish is not None:
             raise ValueError(
                 f"num_chunks={wish}, but the schedule says which stages a worker runs."
+            )
+        return 1
+    if schedule == AUTO:
+        if wish is not None:
+            raise ValueError(
+                f"num_chunks={wish} with schedule='auto', which decides it. Leave it out, or name "
+                "the schedule."
             )
         return 1
     algorithm = find_algorithm(schedule)
@@ -206,7 +219,8 @@ def choose_placements(
         ValueError: if there are too few devices.
     """
     available = _available(devices)
-    if num_stages is None and plan == "auto" and num_chunks == 1:
+    searched = plan == "auto" or (schedule == AUTO and isinstance(plan, str))
+    if num_stages is None and searched and num_chunks == 1:
         return tuple(map(_placement, available)), None
     count = len(available) * num_chunks if num_stages is None else num_stages
     if isinstance(schedule, Schedule):

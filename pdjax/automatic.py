@@ -84,10 +84,14 @@ def automatic_plan(
         profile = measured_profile(graph, devices[0], batch_size, batch)
     else:
         profile = check_profile(machines.profile, graph, batch_size=batch_size, device=devices[0])
-    if topology is None:
-        speed = _measured_bandwidth(devices)
-        topology = Topology.local(devices, bandwidth_bytes_per_s=speed)
-    return plan_pipeline(profile, topology, options)
+    return plan_pipeline(profile, topology or local_topology(devices), options)
+
+
+def local_topology(devices: Sequence[Any]) -> Topology:
+    """How devices of this process are joined: measured, or from before."""
+    if len(devices) == 1:  # no link matters
+        return Topology.local(devices, bandwidth_bytes_per_s=ALONE_BYTES_PER_S)
+    return Topology.local(devices, bandwidth_bytes_per_s=_measured_bandwidth(devices))
 
 
 def measured_profile(graph: LayerGraph, device: Any, batch_size: int, batch: Any) -> Profile:

@@ -50,7 +50,7 @@ def make_plan(
         num_stages=settings.num_stages,
         straight=True,
         remat=_planned_remat(settings.remat),
-        optimizer_bytes_per_param_byte=_optimizer_ratio(settings.optimizer, params),
+        optimizer_bytes_per_param_byte=optimizer_ratio(settings.optimizer, params),
     )
     devices = tuple(next(iter(p.device_set)) for p in settings.placements)
     machines = Machines(devices, settings.topology, settings.profile)
@@ -120,7 +120,7 @@ def _planned_as(settings: Settings) -> str:
     return name if name in ALGORITHMS else "one_f_one_b" if settings.flushes else "pipedream"
 
 
-def _optimizer_ratio(optimizer: optax.GradientTransformation, params: Any) -> float:
+def optimizer_ratio(optimizer: optax.GradientTransformation, params: Any) -> float:
     """Bytes of the optimizer state for each byte of the parameters."""
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     state = jax.eval_shape(optimizer.init, params)

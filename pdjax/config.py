@@ -20,12 +20,21 @@ class TrainConfig:
     'path/*.txt'. By default stdlib for text models, digits for image models."""
 
     schedule: str = "one_f_one_b"
-    """model_parallel, gpipe, one_f_one_b (synchronous: the same numbers as on one device), or
-    pipedream (asynchronous: never waits, with stale weights)."""
+    """model_parallel, gpipe, one_f_one_b, interleaved, zero_bubble_h1, zero_bubble_v (synchronous:
+    the same numbers as on one device), pipedream, pipedream_vertical_sync, pipedream_2bw
+    (asynchronous: never wait, with stale weights), a .txt file with a schedule, or auto (the
+    fastest that fits into memory, by simulation)."""
+
+    allow_stale: bool = False
+    """Whether --schedule auto may choose an asynchronous schedule."""
 
     num_stages: int | None = None
-    """Number of stages, one device each. On a CPU that many virtual devices are made. By default 2,
-    or as many as --plan or --cuts say."""
+    """Number of stages, one device each (several under interleaved and zero_bubble_v).
+    On a CPU as many virtual devices are made as that takes. By default 2 on each of 2 devices, or as
+    many as --plan, --cuts or the schedule's file say."""
+
+    num_chunks: int | None = None
+    """Stages on each device under interleaved; by default 2."""
 
     num_microbatches: int | None = None
     """Microbatches in a minibatch. By default 1 for pipedream, else as many as divide the batch
@@ -108,8 +117,8 @@ class PlanConfig:
     """Where to write the profile that was measured or estimated, as JSON."""
 
     schedule: str = "pipedream"
-    """model_parallel, gpipe, one_f_one_b or pipedream: decides what has to be kept in memory, and
-    whether the pipeline fills and drains with every minibatch."""
+    """Name of a schedule: decides what has to be kept in memory, and whether the pipeline fills and
+    drains with every minibatch. 'python -m pdjax.simulate' compares all of them for a plan."""
 
     num_microbatches: int = 1
     """Microbatches in a minibatch; the profile is for one microbatch."""
@@ -171,19 +180,21 @@ class SimulateConfig:
 
     num_microbatches: int | None = None
     """Microbatches in a minibatch, of the size that the figures are for; by default as many as the
-    plan was made for, or, if that was one, four for each worker. A schedule that divides minibatches
-    otherwise (pipedream runs them whole) is taken to have microbatches that cost as much more."""
+    plan was made for, or, if that was one, four for each worker. A schedule that divides
+    minibatches otherwise (pipedream runs them whole) is taken to have microbatches that cost as
+    much more."""
 
     topology: str | None = None
     """The machines, such as 4x4@10GB/s,1.25GB/s:16GiB; by default those that the plan was made
     for."""
 
     num_minibatches: int | None = None
-    """Minibatches in the timelines; by default 1 of a schedule that is flushed, else enough to see it
-    fill, run and drain."""
+    """Minibatches in the timelines; by default 1 of a schedule that is flushed, else enough to see
+    it fill, run and drain."""
 
     optimizer_bytes_per_param_byte: float = 2.0
     """Size of the optimizer state: 2 for Adam, 1 for momentum, 0 for plain SGD."""
 
     out: Path | None = None
-    """Directory for comparison.txt, timelines.png, memory.png and trace.json (for ui.perfetto.dev)."""
+    """Directory for comparison.txt, timelines.png, memory.png and trace.json (which ui.perfetto.dev
+    shows)."""

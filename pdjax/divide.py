@@ -61,6 +61,9 @@ def divide(programs: StagePrograms) -> DividedBackward:
     """Divides the backward pass of a stage into its input part and its weight part.
 
     Of a stage that sends no cotangents back all is in the weight part.
+
+    Args:
+        programs: what the stage computes for one microbatch. It stays as it is.
     """
     equations, gradients, receives = _inlined(programs.backward)
     saved = programs.forward.outputs["saved"]

@@ -42,7 +42,7 @@ from pdjax.runtime.recorder import Recorder
 from pdjax.runtime.state import Run
 from pdjax.schedules import Schedule
 from pdjax.settings import Settings
-from pdjax.simulator import simulate
+from pdjax.simulator import Comparison, simulate
 from pdjax.timeline import Timeline
 from pdjax.topology import Topology
 from pdjax.weights import WeightRule
@@ -140,7 +140,10 @@ class Pipeline:
         schedule: the name of an algorithm (``"model_parallel"``, ``"gpipe"``, ``"one_f_one_b"``,
             ``"interleaved"``, ``"zero_bubble_h1"``, ``"zero_bubble_v"``, and, asynchronous,
             ``"pipedream"``, ``"pipedream_vertical_sync"``, ``"pipedream_2bw"``), a `Schedule`, or
-            the path of one as a text file.
+            the path of one as a text file. ``"auto"`` measures the layers, simulates all schedules,
+            and takes the fastest that fits into memory.
+        allow_stale: whether ``schedule="auto"`` may take an asynchronous one, whose gradients are
+            applied to newer weights than they were computed with.
         num_stages: number of stages; if not given, what the plan says.
         num_chunks: stages on each device under ``"interleaved"``; if not given, 2, as under
             ``"zero_bubble_v"``.
@@ -204,6 +207,7 @@ class Pipeline:
         batch_axes: Any = 0,
         weighted_loss: bool = False,
         remat: Remat | Sequence[Remat] | None = None,
+        allow_stale: bool = False,
         weight_rule: WeightRule | None = None,
         state_update: Literal["microbatch", "minibatch"] = "microbatch",
         run_ahead: int | None = None,
@@ -211,10 +215,10 @@ class Pipeline:
     ) -> None:
         check_optimizer(optimizer)
         check_remat(remat)
+        schedule = read_schedule(schedule)
         chosen = read_plan(plan)
         machines, figures = read_topology(topology), read_profile(profile)
-        check_machines(chosen, machines, figures)
-        schedule = read_schedule(schedule)
+        check_machines(chosen, machines, figures, schedule)
         chunks = choose_num_chunks(schedule, num_chunks)
         wishes = stage_wishes(schedule, num_stages, chosen, remat)
         placements, count = choose_placements(schedule, wishes, chunks, devices, chosen)
@@ -235,6 +239,7 @@ class Pipeline:
             weighted_loss=weighted_loss,
             remat=remat,
             state_update=one_of("state_update", state_update, ("microbatch", "minibatch")),
+            allow_stale=allow_stale,
         )
         self._run_ahead = run_ahead
         self._raises = one_of("nonfinite", nonfinite, ("raise", "ignore")) == "raise"
@@ -333,8 +338,8 @@ class Pipeline:
             batch: pytree of arrays in the structure that `init` was given. A random key, if the
                 function takes one, is the base key.
             num_microbatches: how many microbatches the batch is divided into, so that the stages
-                work at the same time (`pdjax.forward_only`). Their results are put together as
-                those of `step` are.
+                work at the same time (`pdjax.schedules.forward_only`). Their results are put
+                together as those of `step` are.
 
         Raises:
             ValueError: if the batch has another structure, or does not divide.
@@ -430,6 +435,11 @@ class Pipeline:
     def schedule(self) -> Schedule:
         """What every worker does in a step: the very object that was validated and is run."""
         return self._last_training().prepared.schedule
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """Under ``schedule="auto"`` the schedules that it was chosen from, a table if printed."""
+        return self._last_training().prepared.comparison
 
     def memory(self, state: PipelineState) -> tuple[StageMemory, ...]:
         """What each stage has held at its peak, for batches of the last shape, since `init`."""

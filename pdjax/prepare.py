@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pdjax import jaxprs
-from pdjax.arguments import taking_key
+from pdjax.arguments import AUTO, taking_key
 from pdjax.automatic import measured_profile
 from pdjax.batches import BatchSpec, appearance, check_structure, concatenation_axes, describe_batch
 from pdjax.choose_plan import make_plan, remat_of
+from pdjax.choose_schedule import choose_schedule
 from pdjax.graph import LayerGraph, build_graph
 from pdjax.optimizer import UpdateSplit, init_program, split_update
 from pdjax.profile import Profile
@@ -33,7 +34,7 @@ from pdjax.runtime.update import UpdateRunner
 from pdjax.schedules import Schedule
 from pdjax.schedules.versions import delay_of, peak_versions
 from pdjax.settings import Settings, make_schedule, place_stages
-from pdjax.simulator import StageCost
+from pdjax.simulator import Comparison, StageCost
 from pdjax.split import StageSplit, split
 from pdjax.stage_costs import stage_costs
 from pdjax.trees import own_copy, place
@@ -74,6 +75,7 @@ class Prepared:
     other shapes are traced, split at the same layers and compiled when they come.
 
     Attributes:
+        comparison: the schedules that it was chosen from; None if it was given.
         schedule: what a step does.
         rule: which weights a backward pass reads.
         plan: which layers make up which stage.
@@ -91,6 +93,15 @@ class Prepared:
         self._key = rng
         graph = self._graph(settings.loss_fn, self._spec.microbatch(settings.num_microbatches or 1))
         example = self._spec.first_microbatch(batch, settings.num_microbatches or 1)
+        self.comparison: Comparison | None = None
+        if settings.schedule == AUTO:
+            settings, self.comparison = choose_schedule(
+                settings, graph, self._spec, self._params, example
+            )
+            if settings.num_microbatches != self._settings.num_microbatches:
+                count = settings.num_microbatches or 1
+                graph = self._graph(settings.loss_fn, self._spec.microbatch(count))
+                example = self._spec.first_microbatch(batch, count)
         self.plan = make_plan(settings, graph, self._spec, self._params, example)
         self._settings = settings = settings.for_plan(self.plan)
         self._remat = remat_of(settings, self.plan)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import optax
 from jax.sharding import Sharding
 
+from pdjax.arguments import AUTO
 from pdjax.batches import default_num_microbatches
 from pdjax.differentiate import Remat
 from pdjax.planner import Plan
@@ -44,6 +45,7 @@ class Settings:
     weighted_loss: bool
     remat: Remat | Sequence[Remat] | None
     state_update: Literal["microbatch", "minibatch"]
+    allow_stale: bool
 
     def for_plan(self, plan: Plan) -> Settings:
         """The settings with all that a plan decides."""
@@ -54,7 +56,7 @@ class Settings:
         if self.num_microbatches is not None or not isinstance(self.schedule, str):
             return self
         count = 1
-        if find_algorithm(self.schedule).divides:
+        if self.schedule == AUTO or find_algorithm(self.schedule).divides:
             stages = self.num_stages or len(self.placements) * self.chunks
             count = default_num_microbatches(batch_size, stages)
         return replace(self, num_microbatches=count)
@@ -64,12 +66,12 @@ class Settings:
         """Whether the pipeline is empty after each minibatch."""
         if isinstance(self.schedule, Schedule):
             return self.schedule.flushes
-        return not find_algorithm(self.schedule).stale
+        return self.schedule != AUTO and not find_algorithm(self.schedule).stale
 
     @property
     def chunks(self) -> int:
         """Stages on each worker of a schedule that is known by its name."""
-        if isinstance(self.schedule, Schedule):
+        if isinstance(self.schedule, Schedule) or self.schedule == AUTO:
             return 1
         return self.num_chunks or find_algorithm(self.schedule).num_chunks
 

@@ -14,9 +14,10 @@ from rich.console import Console
 
 import pdjax
 from pdjax import data
-from pdjax.arguments import read_plan
+from pdjax.arguments import AUTO, choose_num_chunks, read_plan, read_schedule
 from pdjax.config import TrainConfig
 from pdjax.planner import Plan
+from pdjax.schedules import Schedule
 from pdjax.topology import Topology
 from pdjax.training.baseline import SingleDevice
 from pdjax.training.loop import Speed, TrainingLoop, evaluate
@@ -24,7 +25,7 @@ from pdjax.training.outputs import RunDirectory, check_free, make_directory
 from pdjax.training.progress import TrainingProgress
 from pdjax.training.task import Task, make_task
 
-_NUM_STAGES = 2
+_NUM_DEVICES = 2
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,15 +55,20 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     """
     _check(config)
     plan = read_plan(config.cuts or config.plan)
-    make_devices(_num_devices(config, plan))
+    schedule = read_schedule(config.schedule)
+    chunks = choose_num_chunks(schedule, config.num_chunks)
+    num_stages = _num_stages(config, plan, schedule, chunks)
+    make_devices(_num_devices(config, plan, schedule, chunks))
     task = make_task(config)
     batches = data.batches(task.dataset.train, config.batch_size)
     optimizer = optax.adam(_learning_rate(config))
     pipe = pdjax.Pipeline(
         task.loss_fn,
         optimizer,
-        schedule=config.schedule,
-        num_stages=_num_stages(config, plan),
+        schedule=schedule,
+        num_stages=num_stages,
+        num_chunks=config.num_chunks,
+        allow_stale=config.allow_stale,
         num_microbatches=config.num_microbatches,
         plan=plan,
         topology=config.topology,
@@ -80,11 +86,13 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     if config.single_device:
         baseline = SingleDevice(task.loss_fn, optimizer, task.params, task.model_state)
         baseline.run([batch])
-    console.print(f"schedule {config.schedule}, {pipe.schedule.num_microbatches} microbatches")
+    if pipe.comparison is not None:
+        console.print(str(pipe.comparison), markup=False, soft_wrap=True)
+    console.print(f"schedule {pipe.schedule.name}, {pipe.schedule.num_microbatches} microbatches")
     console.print(str(pipe.plan), markup=False, soft_wrap=True)
     if pipe.plan.prediction is not None and jax.default_backend() == "cpu":
         console.print("(the prediction is for devices that have cores of their own)")
-    output = make_directory(config.output, f"{config.model}-{config.schedule}")
+    output = make_directory(config.output, f"{config.model}-{pipe.schedule.name}")
     with RunDirectory(output) as directory, TrainingProgress(console, config.steps) as progress:
         loop = TrainingLoop(config, batches, pipe, baseline, directory)
         state, speed = loop.run(state, progress)
@@ -98,36 +106,56 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     return summary
 
 
-def _num_stages(config: TrainConfig, plan: Plan | tuple[str, ...] | str) -> int | None:
-    """How many stages are asked for; None if the plan says it."""
-    by_plan = isinstance(plan, (Plan, tuple))
-    return None if by_plan and config.num_stages is None else config.num_stages or _NUM_STAGES
+_Planned = Plan | tuple[str, ...] | str
 
 
-def _num_devices(config: TrainConfig, plan: Plan | tuple[str, ...] | str) -> int:
+def _num_stages(
+    config: TrainConfig, plan: _Planned, schedule: str | Schedule, num_chunks: int
+) -> int | None:
+    """How many stages are asked for; None if the plan or the schedule says it."""
+    told = isinstance(plan, (Plan, tuple)) or isinstance(schedule, Schedule) or schedule == AUTO
+    if told or config.num_stages is not None:
+        return config.num_stages
+    return _NUM_DEVICES * num_chunks
+
+
+def _num_devices(
+    config: TrainConfig, plan: _Planned, schedule: str | Schedule, num_chunks: int
+) -> int:
     """How many devices the run takes."""
+    if isinstance(schedule, Schedule):
+        return len(schedule.workers)
     if isinstance(plan, Plan):
-        return 1 + max((max(stage.workers) for stage in plan.stages), default=plan.num_stages - 1)
+        named = 1 + max((max(stage.workers) for stage in plan.stages), default=-1)
+        return named or -(-plan.num_stages // num_chunks)
     if isinstance(plan, tuple):
-        return len(plan) + 1
+        return -(-(len(plan) + 1) // num_chunks)
     if config.topology is not None:
         return Topology.parse(config.topology).num_workers
-    return config.num_stages or _NUM_STAGES
+    stages = config.num_stages or _NUM_DEVICES * num_chunks
+    return -(-stages // num_chunks)
 
 
-def make_devices(num_stages: int) -> None:
-    """Makes as many virtual CPU devices as there are stages; on other platforms it changes nothing.
+def make_devices(num_devices: int) -> None:
+    """Makes that many virtual CPU devices; on other platforms it changes nothing.
 
     It must come before JAX is first used; afterwards it does nothing.
     """
     try:
-        jax.config.update("jax_num_cpu_devices", num_stages)
+        jax.config.update("jax_num_cpu_devices", num_devices)
     except RuntimeError:
         return  # JAX runs already; Pipeline says if the devices are too few
 
 
 def _check(config: TrainConfig) -> None:
-    for name in ("num_stages", "batch_size", "steps", "sequence_length", "eval_examples"):
+    for name in (
+        "num_stages",
+        "num_chunks",
+        "batch_size",
+        "steps",
+        "sequence_length",
+        "eval_examples",
+    ):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1.")
@@ -170,7 +198,7 @@ def _summarise(
 ) -> dict[str, Any]:
     return {
         "model": config.model,
-        "schedule": config.schedule,
+        "schedule": pipe.schedule.name,
         "num_stages": pipe.plan.num_stages,
         "num_microbatches": pipe.schedule.num_microbatches,
         "batch_size": config.batch_size,

@@ -147,7 +147,9 @@ class Slow:
         for worker in holders:
             actions = self.lists[worker]
             at = actions.index(Action("U", stage, open_[0]))
-            gradients = [n for n in range(at) if actions[n].stage == stage and actions[n].kind in "BW"]
+            gradients = [
+                n for n in range(at) if actions[n].stage == stage and actions[n].kind in "BW"
+            ]
             if gradients and self.done[worker] <= gradients[-1]:
                 return
         r, size = len(holders), self.costs[stage].gradient_bytes

@@ -20,10 +20,16 @@ from pdjax.schedules import ALGORITHMS
 KEY = jax.random.key(0)
 
 
+def chunks_of(schedule: Any) -> int:
+    return ALGORITHMS[schedule].num_chunks if isinstance(schedule, str) else 1
+
+
 def make(case: zoo.Case | None = None, **options: Any) -> tuple[pdjax.Pipeline, Any, Any]:
     case = case or zoo.dense_blocks()
     batch = case.make_batch(options.pop("batch_size", 4), 0)
-    pipe = pdjax.Pipeline(case.loss_fn, optax.sgd(0.1), **{"num_stages": 2, **options})
+    stages = options.pop("num_stages", 2)
+    options["num_stages"] = stages and stages * chunks_of(options.get("schedule"))
+    pipe = pdjax.Pipeline(case.loss_fn, optax.sgd(0.1), **options)
     return pipe, pipe.init(case.params, batch, rng=KEY), batch
 
 
@@ -463,7 +469,7 @@ def test_a_schedule_written_by_hand_is_run_as_it_stands():
     forward = [[action("F", s, k) for k in range(3)] for s in range(2)]
     order = (1, 2, 0)
     backward = [[action("B", s, k) for k in order] for s in range(2)]
-    workers = tuple((*forward[s], *backward[s], action("U", s, 0)) for s in range(2))
+    workers = tuple((*forward[s], *backward[s], action("U", s, 2)) for s in range(2))
     schedule = pdjax.Schedule("mine", 2, 3, workers)
     case = zoo.dense_blocks()
     pipe = pdjax.Pipeline(case.loss_fn, optax.sgd(0.1), schedule=schedule)
@@ -503,7 +509,7 @@ def test_executed_order_is_planned_order(schedule):
 # ---------------------------------------------------------------- timelines
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "pipedream"])
+@pytest.mark.parametrize("schedule", ["gpipe", "pipedream", "zero_bubble_v"])
 def test_a_recorded_timeline_has_every_action_in_the_workers_order(schedule):
     pipe, state, batch = make(schedule=schedule, num_stages=3)
     for _ in range(3):
@@ -514,9 +520,11 @@ def test_a_recorded_timeline_has_every_action_in_the_workers_order(schedule):
     timeline = pipe.timeline()
     steps = 4 * pipe.schedule.num_microbatches
     for worker in range(3):
-        spans = [span for span in timeline.spans if span.worker == worker]
-        assert sum("F" in span.kind for span in spans) == steps
-        assert sum("B" in span.kind for span in spans) == steps
+        spans = timeline.spans_of(worker)
+        assert sum("F" in span.kind for span in spans) == steps * chunks_of(schedule)
+        done = "".join(span.kind for span in spans)
+        assert done.count("B") + done.count("I") == steps * chunks_of(schedule)
+        assert done.count("I") == done.count("W")
         for before, after in pairwise(spans):
             assert before.end_s <= after.start_s + 1e-9
     assert 0 <= timeline.bubble_share < 1

@@ -167,9 +167,11 @@ class Candidates:
         """What the stages of a schedule cost, and how they differ from those of the plan."""
         if schedule.replicas == self.plan.replicas:
             return self.costs, ""
-        if self.profile is None:
-            return self._evenly(schedule.num_stages), f"{schedule.num_stages} equal stages"
-        return self._cut_anew(self.profile, schedule), f"cut into {schedule.num_stages} stages"
+        count = schedule.num_stages
+        if self.profile is not None:
+            return self._cut_anew(self.profile, schedule), f"cut into {count} stages"
+        unknown = "" if self.plan.num_stages > 1 else ", transfers unknown"
+        return self._evenly(count), f"taken as {count} equal stages{unknown}"
 
     def _cut_anew(self, profile: Profile, schedule: Schedule) -> Sequence[StageCost]:
         """Stages that take about equally long."""

@@ -18,6 +18,7 @@ from pdjax.simulator.laid_out import LaidOut
 from pdjax.simulator.steady import staleness, steady_s
 from pdjax.topology import Topology, format_bytes
 
+_CLOSE = 1.01  # times that differ by less are no reason to choose
 _MICROBATCHES = 4  # for each worker: GPipe's paper finds the bubble negligible from there on
 
 
@@ -111,7 +112,7 @@ def compare(
             another model, or the machines are fewer than the plan needs.
     """
     topology = topology or planned_topology(plan)
-    count = num_microbatches or planned_microbatches(plan)
+    count = planned_microbatches(plan) if num_microbatches is None else num_microbatches
     candidates = Candidates(
         plan,
         profile,
@@ -165,6 +166,9 @@ def outcome_of(candidate: Candidate, topology: Topology | None) -> Outcome:
 def choose(outcomes: Sequence[Outcome], allow_stale: bool = False) -> Outcome:
     """The fastest outcome that fits into memory.
 
+    Of those within a hundredth of its time, which is less than is known, the one that is least
+    stale, and of these the one that holds least.
+
     Args:
         outcomes: of which it is chosen.
         allow_stale: whether gradients may be applied to other weights than they were computed with.
@@ -179,7 +183,9 @@ def choose(outcomes: Sequence[Outcome], allow_stale: bool = False) -> Outcome:
             f"{which} fits into memory:\n\n{describe(outcomes)}\n\nUse more workers or smaller "
             "microbatches, or let stages recompute."
         )
-    return min(found, key=lambda outcome: outcome.minibatch_s)
+    fastest = min(outcome.minibatch_s for outcome in found)
+    close = [outcome for outcome in found if outcome.minibatch_s <= fastest * _CLOSE]
+    return min(close, key=lambda outcome: (outcome.staleness, outcome.peak_bytes))
 
 
 def describe(outcomes: Sequence[Outcome], examples: int = 0) -> str:

@@ -17,6 +17,8 @@ from pdjax.simulator.stage_cost import StageCost
 from pdjax.topology import Topology
 from pdjax.weights import WeightRule
 
+_EQUAL = 1e-9  # relative difference of times that are taken to be equal
+
 
 def steady_s(
     schedule: Schedule,
@@ -28,9 +30,9 @@ def steady_s(
     """Seconds for each minibatch, once a schedule is under way.
 
     Of one that is flushed, those of a minibatch from its first action to its last. Of another, the
-    time between two updates of its first stage, over the minibatches in between: the pipeline
-    fills for at least four times as many microbatches as there are workers, and then runs as long
-    again.
+    time from one update of its first stage to the next, on average over a period if they repeat:
+    the pipeline fills for at least four times as many microbatches as there are workers, and is
+    looked at for as long again.
 
     Args:
         schedule: what is run.
@@ -50,8 +52,17 @@ def steady_s(
     times = LaidOut(schedule, columns, costs, topology, workers).times()
     updates = np.flatnonzero(_updates(columns, schedule))
     each = np.count_nonzero(_updates(schedule.columns, schedule))  # in a cycle
-    first, last = times.end_s[updates[[cycles * each - 1, 2 * cycles * each - 1]]]
-    return float(last - first) / (cycles * schedule.num_minibatches)
+    ends_s = times.end_s[updates[each * np.arange(cycles, 2 * cycles + 1) - 1]]
+    return _rate_s(ends_s) / schedule.num_minibatches
+
+
+def _rate_s(ends_s: np.ndarray) -> float:
+    """Seconds from one moment to the next, on average; of a whole period if they repeat."""
+    for period in range(1, len(ends_s) // 2 + 1):
+        steps = ends_s[period:] - ends_s[:-period]
+        if np.ptp(steps) <= _EQUAL * steps[-1]:
+            return float(steps[-1]) / period
+    return float(ends_s[-1] - ends_s[0]) / (len(ends_s) - 1)
 
 
 def _updates(columns: Columns, schedule: Schedule) -> np.ndarray:
