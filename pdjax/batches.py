@@ -90,9 +90,9 @@ def check_divisible(size: int, num_microbatches: int) -> None:
         )
 
 
-def default_num_microbatches(size: int, num_stages: int) -> int:
-    """The largest divisor of `size` up to four for each stage (GPipe's advice); 1 for one stage."""
-    most = 4 * num_stages if num_stages > 1 else 1
+def default_num_microbatches(size: int, num_workers: int) -> int:
+    """The largest divisor of `size` up to four a worker (GPipe's advice); 1 for one worker."""
+    most = 4 * num_workers if num_workers > 1 else 1
     return max(k for k in range(1, most + 1) if size % k == 0)
 
 

@@ -30,7 +30,7 @@ class TrainConfig:
 
     num_stages: int | None = None
     """Number of stages, one device each (several under interleaved and zero_bubble_v).
-    On a CPU as many virtual devices are made as that takes. By default 2 on each of 2 devices, or as
+    On a CPU as many virtual devices are made as that takes. By default what takes 2 devices, or as
     many as --plan, --cuts or the schedule's file say."""
 
     num_chunks: int | None = None
@@ -38,7 +38,7 @@ class TrainConfig:
 
     num_microbatches: int | None = None
     """Microbatches in a minibatch. By default 1 for pipedream, else as many as divide the batch
-    evenly, up to four for each stage."""
+    evenly, up to four for each device."""
 
     batch_size: int = 32
     """Examples in a minibatch."""

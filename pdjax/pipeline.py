@@ -148,8 +148,7 @@ class Pipeline:
         num_chunks: stages on each device under ``"interleaved"``; if not given, 2, as under
             ``"zero_bubble_v"``.
         num_microbatches: how many microbatches a minibatch is divided into; if not given, 1 for
-            ``"pipedream"``, else as many as divide it evenly, up to four for each stage, or, where
-            the planner chooses their number, for each device.
+            ``"pipedream"``, else as many as divide it evenly, up to four for each device.
         devices: where the stages are placed, one each, as devices or shardings; `jax.devices()`
             if not given.
         plan: where the model is cut. ``"auto"``, what is done if it is not given: the layers are

@@ -58,7 +58,7 @@ class Settings:
         count = 1
         if self.schedule == AUTO or find_algorithm(self.schedule).divides:
             stages = self.num_stages or len(self.placements) * self.chunks
-            count = default_num_microbatches(batch_size, stages)
+            count = default_num_microbatches(batch_size, stages // self.chunks)
         return replace(self, num_microbatches=count)
 
     @property

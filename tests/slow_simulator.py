@@ -7,9 +7,24 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from dataclasses import replace
 from typing import Any
 
 from pdjax.schedules import Action, Schedule
+from pdjax.simulator import StageCost
+
+
+def chain(num_stages: int, size: float = 1, **fields) -> list[StageCost]:
+    """Equal stages that send `size` bytes each way."""
+    cost = StageCost(forward_s=1, backward_s=2, **fields)
+    return [
+        replace(
+            cost,
+            sends=((stage + 1, size),) if stage + 1 < num_stages else (),
+            returns=((stage - 1, size),) if stage else (),
+        )
+        for stage in range(num_stages)
+    ]
 
 
 class Slow:

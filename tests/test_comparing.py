@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 
@@ -157,6 +158,10 @@ def test_replicas_where_a_schedule_has_them():
     for name in ("gpipe", "zero_bubble_h1", "pipedream_2bw"):
         assert outcomes[name].note == "cut into 4 stages"
     assert outcomes["pipedream"].minibatch_s == 12 * 6
+    assert outcomes["pipedream"].bubble_share == 0
+    wide = make_profile(param_bytes=0)
+    outcomes = named(compare(make_plan(wide, num_stages=2), wide, num_microbatches=12))
+    assert outcomes["pipedream"].sent_bytes == outcomes["one_f_one_b"].sent_bytes == 2 * 12 * 1000
     refused = dict(compare(plan, profile).left_out)
     assert "equal numbers of replicas" in refused["pipedream_vertical_sync"]
 
@@ -167,8 +172,20 @@ def test_replicas_of_a_nested_plan_stay_in_their_hosts():
     assert [stage.workers for stage in plan.stages] == [(0, 2), (1, 3)]
     comparison = compare(plan, profile, schedules=["pipedream"])
     assert comparison.candidates[0].workers == (0, 2, 1, 3)
+    whole = compare(make_plan(profile, "2x2@1GB/s,1kB/s", num_stages=1), profile)
+    assert whole.candidates[-2].workers == (0, 2, 1, 3)
     (timeline,) = (each.timeline(comparison.topology) for each in comparison.candidates)
     assert {(t.source, t.target) for t in timeline.transfers} == {(0, 2), (2, 0), (1, 3), (3, 1)}
+
+
+def test_tied_layers_stay_together_where_gradients_are_stale():
+    profile = replace(make_profile(), tied=((3, 4),))
+    comparison = compare(make_plan(profile, num_stages=2), profile, num_microbatches=12)
+    costs = {each.name: each.costs for each in comparison.candidates}
+    cuts = {name: [*accumulate(cost.forward_s for cost in each)] for name, each in costs.items()}
+    assert cuts["gpipe"] == [2, 4, 6, 8]
+    assert len(cuts["pipedream_2bw"]) == 4
+    assert 4 not in cuts["pipedream_2bw"]
 
 
 def test_the_memory_of_each_worker():

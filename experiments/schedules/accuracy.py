@@ -1,0 +1,223 @@
+"""How well the simulator predicts what schedules take.
+
+    python experiments/schedules/accuracy.py
+
+Every program runs in one thread, so that two workers have two cores to themselves and four share
+them. The layers are profiled, every schedule is simulated with these figures, and then all
+pipelines train in turns, some steps each, for several rounds. Prints a table in Markdown, and draws
+accuracy.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ["XLA_FLAGS"] = (
+    "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1 "
+    + os.environ.get("XLA_FLAGS", "")
+)
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+import pdjax
+from pdjax.simulator import steady_s
+from pdjax.timeline_figures import save_timelines
+
+CORES = len(os.sched_getaffinity(0))
+POINTS = [
+    # schedule, workers, microbatches
+    ("model_parallel", 2, 4),
+    ("gpipe", 2, 4),
+    ("gpipe", 2, 8),
+    ("one_f_one_b", 2, 2),
+    ("one_f_one_b", 2, 8),
+    ("interleaved", 2, 8),
+    ("zero_bubble_h1", 2, 8),
+    ("zero_bubble_v", 2, 8),
+    ("pipedream", 2, 1),
+    ("pipedream_2bw", 2, 8),
+    ("gpipe", 4, 8),
+    ("one_f_one_b", 4, 8),
+    ("zero_bubble_h1", 4, 8),
+    ("pipedream", 4, 1),
+]
+
+
+@dataclass
+class Point:
+    """One pipeline: what was simulated, and the seconds of every measured step."""
+
+    schedule: str
+    workers: int
+    microbatches: int
+    pipe: pdjax.Pipeline
+    state: Any
+    batch: Any
+    simulated_s: float = 0.0
+    shared_s: float = 0.0
+    measured_s: list[float] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Such as ``gpipe 2x4``."""
+        return f"{self.schedule} {self.workers}x{self.microbatches}"
+
+
+def loss_fn(params: Any, batch: Any) -> Any:
+    """A stack of residual blocks."""
+    x = batch["x"]
+    for name in sorted(params):
+        block = params[name]
+        x = x + jnp.tanh(x @ block["up"]) @ block["down"]
+    return jnp.mean((x - batch["y"]) ** 2)
+
+
+def make_params(blocks: int, width: int) -> Any:
+    """Parameters of `loss_fn`."""
+    rng = np.random.default_rng(0)
+
+    def matrix(rows: int, columns: int) -> np.ndarray:
+        return (rng.normal(size=(rows, columns)) / rows**0.5).astype(np.float32)
+
+    return {
+        f"block_{at:02}": {"up": matrix(width, 2 * width), "down": matrix(2 * width, width)}
+        for at in range(blocks)
+    }
+
+
+def make_batch(size: int, width: int) -> Any:
+    """A minibatch for `loss_fn`."""
+    rng = np.random.default_rng(1)
+    return {name: rng.normal(size=(size, width)).astype(np.float32) for name in ("x", "y")}
+
+
+def make_point(schedule: str, workers: int, microbatches: int, options: Any) -> Point:
+    """A pipeline with equal stages; a microbatch has the same size at every point."""
+    algorithm = pdjax.ALGORITHMS[schedule]
+    batch = make_batch(options.microbatch * microbatches, options.width)
+    pipe = pdjax.Pipeline(
+        loss_fn,
+        optax.sgd(1e-3),
+        schedule=schedule,
+        num_stages=workers * algorithm.num_chunks,
+        num_microbatches=microbatches,
+        devices=jax.devices()[:workers],
+        plan="balanced",
+    )
+    state = pipe.init(make_params(options.blocks, options.width), batch)
+    return Point(schedule, workers, microbatches, pipe, state, batch)
+
+
+def simulate(point: Point, profile: pdjax.Profile) -> None:
+    """Predicts the seconds of a step, for workers with a core each and for shared cores."""
+    prepared = point.pipe._last_training().prepared
+    costs = prepared.stage_costs(profile)
+    point.simulated_s = steady_s(point.pipe.schedule, costs)
+    work = point.microbatches * sum(cost.forward_s + cost.backward_s for cost in costs)
+    point.shared_s = max(point.simulated_s, work / CORES)
+
+
+def measure(point: Point, steps: int) -> None:
+    """Seconds of a step, in the mean over some; whatever was in flight is waited for before."""
+    jax.block_until_ready([held.weights for held in point.state.run.stages])
+    start = time.perf_counter()
+    for _ in range(steps):
+        point.state, _ = point.pipe.step(point.state, point.batch)
+    jax.block_until_ready([held.weights for held in point.state.run.stages])
+    point.measured_s.append((time.perf_counter() - start) / steps)
+
+
+def table(points: list[Point]) -> str:
+    """Simulated beside measured."""
+    rows = [
+        "| schedule | workers | microbatches | simulated | measured (quartiles) | measured / "
+        f"simulated | … if {CORES} cores are shared |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for point in points:
+        low, middle, high = np.percentile(point.measured_s, [25, 50, 75]) * 1e3
+        rows.append(
+            f"| {point.schedule} | {point.workers} | {point.microbatches} "
+            f"| {point.simulated_s * 1e3:.1f} ms | {middle:.1f} ({low:.1f}-{high:.1f}) ms "
+            f"| {middle / point.simulated_s / 1e3:.2f} | {middle / point.shared_s / 1e3:.2f} |"
+        )
+    return "\n".join(rows)
+
+
+def draw(points: list[Point], path: Path) -> None:
+    """Simulated along one axis, measured along the other."""
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    most = 1.15e3 * max(max(p.simulated_s, float(np.median(p.measured_s))) for p in points)
+    axes.plot([0, most], [0, most], color="black", linewidth=0.8)
+    for workers, marker, color in ((2, "o", "#3b6fb6"), (4, "s", "#c4622d")):
+        mine = [point for point in points if point.workers == workers]
+        x = [point.simulated_s * 1e3 for point in mine]
+        middle = np.array([np.median(point.measured_s) for point in mine]) * 1e3
+        spread = [np.percentile(point.measured_s, [25, 75]) * 1e3 for point in mine]
+        bars = np.abs(np.array(spread).T - middle)
+        label = f"{workers} workers on {CORES} cores"
+        axes.errorbar(x, middle, yerr=bars, fmt=marker, color=color, label=label, capsize=3)
+        for point, left, up in zip(mine, x, middle, strict=True):
+            axes.annotate(point.name, (left, up), (5, -9), textcoords="offset points", fontsize=7)
+    axes.set_xlabel("simulated, milliseconds a step")
+    axes.set_ylabel("measured, milliseconds a step")
+    axes.set_xlim(0, most)
+    axes.set_ylim(0, most)
+    axes.legend(frameon=False, loc="upper left")
+    figure.savefig(path, dpi=130)
+
+
+def overlay(point: Point, profile: pdjax.Profile, path: Path) -> None:
+    """Simulated and measured, one above the other, on one axis of time."""
+    with point.pipe.record(point.state):
+        point.state, _ = point.pipe.step(point.state, point.batch)
+    save_timelines([point.pipe.simulate(profile), point.pipe.timeline()], path)
+
+
+def main() -> None:
+    """Runs the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=4, help="in each round, of each pipeline")
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--microbatch", type=int, default=64, help="examples in a microbatch")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    options = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", 4)
+    points = [make_point(*point, options) for point in POINTS]
+    for point in points:
+        measure(point, 2)
+        point.measured_s.clear()
+    profiles: list[pdjax.Profile] = []
+    small = make_batch(options.microbatch, options.width)
+    params = make_params(options.blocks, options.width)
+    profiler = pdjax.Pipeline(loss_fn, optax.sgd(1e-3), num_stages=1, num_microbatches=1)
+    for at in range(options.rounds):
+        profiles.append(profiler.profile(params, small))
+        for point in points[at % len(points) :] + points[: at % len(points)]:
+            measure(point, options.steps)
+    profile = sorted(profiles, key=lambda one: sum(one.column("compute_s")))[len(profiles) // 2]
+    for point in points:
+        simulate(point, profile)
+    print(table(points))
+    errors = [abs(np.median(p.measured_s) / p.simulated_s - 1) for p in points if p.workers == 2]
+    print(f"\n2 workers: median error {np.median(errors):.0%}, largest {max(errors):.0%}")
+    draw(points, options.output / "accuracy.png")
+    overlay(points[6], profile, options.output / "overlay.png")
+
+
+if __name__ == "__main__":
+    main()
