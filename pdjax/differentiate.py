@@ -21,8 +21,9 @@ from typing import Any, Literal
 
 import jax
 
-from pdjax import jaxprs
-from pdjax.jaxprs import Atom, Equation, FlatProgram, Var
+from pdjax import flat, jaxprs
+from pdjax.flat import FlatProgram
+from pdjax.jaxprs import Atom, Equation, Var
 from pdjax.program import Program
 from pdjax.residuals import Repeatable, smallest_stash
 from pdjax.split import Stage, StageSplit
@@ -217,9 +218,9 @@ def _trace_joint(
     losses = [split.traced.loss] if makes_loss else []
     sends = [stage.sends[at] for at in gradient_sends]
     shapes = [[jaxprs.shape_of(var) for var in group] for group in (given, [*losses, *sends])]
-    program, _ = jaxprs.trace(joint, *shapes)
+    program, _ = flat.trace(joint, *shapes)
     # Closed-over arrays are inputs; those left are of nested functions that were opened only now.
-    return jaxprs.bake(program), sizes
+    return flat.bake(program), sizes
 
 
 # ---------------------------------------------------------------- the partition

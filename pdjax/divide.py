@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pdjax import jaxprs
+from pdjax import flat, jaxprs
 from pdjax.differentiate import StagePrograms
 from pdjax.jaxprs import Atom, Equation, Var
 from pdjax.program import Program
@@ -100,9 +100,9 @@ def divide(programs: StagePrograms) -> DividedBackward:
 def _inlined(backward: Program) -> tuple[tuple[Equation, ...], list[Atom], list[Atom]]:
     """The equations of a backward pass, inlined, and its gradients and cotangents there."""
     gradients, receives = backward.outputs["params"], backward.outputs["receives"]
-    equations, outvars = jaxprs.inline(backward.equations, [*gradients, *receives])
+    equations, outvars = flat.inline(backward.equations, [*gradients, *receives])
     # Equations that `jax.checkpoint` kept apart from equal ones would let one part repeat another.
-    equations, outvars = jaxprs.merge(equations, outvars)
+    equations, outvars = flat.merge(equations, outvars)
     return equations, outvars[: len(gradients)], outvars[len(gradients) :]
 
 

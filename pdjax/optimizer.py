@@ -22,8 +22,9 @@ from typing import Any
 import jax
 import optax
 
-from pdjax import jaxprs
-from pdjax.jaxprs import Equation, FlatProgram, Var
+from pdjax import flat, jaxprs
+from pdjax.flat import FlatProgram
+from pdjax.jaxprs import Equation, Var
 from pdjax.program import Program
 
 
@@ -98,7 +99,7 @@ def split_update(
         return jax.tree.leaves(optax.apply_updates(old, updates)), jax.tree.leaves(state)
 
     try:
-        program, _ = jaxprs.trace(update, leaves, leaves, state_leaves, branches_as_selects=True)
+        program, _ = flat.trace(update, leaves, leaves, state_leaves, branches_as_selects=True)
     except TypeError as error:
         raise ValueError(
             f"optimizer.update(gradients, state, params) failed: {error}. pdjax gives an optimizer "
@@ -116,7 +117,7 @@ def split_update(
 def init_program(optimizer: optax.GradientTransformation, params: Any) -> tuple[FlatProgram, Any]:
     """The trace of ``optimizer.init`` over the parameter leaves, and the state's structure."""
     leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: params))
-    return jaxprs.trace(lambda *p: optimizer.init(jax.tree.unflatten(tree, p)), *leaves)
+    return flat.trace(lambda *p: optimizer.init(jax.tree.unflatten(tree, p)), *leaves)
 
 
 class _UpdatePlacer:

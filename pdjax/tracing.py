@@ -22,8 +22,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pdjax import jaxprs
-from pdjax.jaxprs import Atom, Equation, FlatProgram, Var
+from pdjax import flat, jaxprs
+from pdjax.flat import FlatProgram
+from pdjax.jaxprs import Atom, Equation, Var
 from pdjax.trees import leaf_names, shape_of
 
 
@@ -161,7 +162,7 @@ def trace_loss(
     _check_differentiable(param_leaves, param_names)
     outputs = _Outputs()
 
-    def flat(p: list[Any], s: list[Any], b: list[Any], key: Any) -> tuple[Any, ...]:
+    def flattened(p: list[Any], s: list[Any], b: list[Any], key: Any) -> tuple[Any, ...]:
         arguments = [jax.tree.unflatten(param_tree, p), jax.tree.unflatten(batch_tree, b), key]
         if model_state is not None:
             arguments.insert(1, jax.tree.unflatten(state_tree, s))
@@ -173,7 +174,7 @@ def trace_loss(
         return total, weight, new_state, list(map(_as_metric, metric_leaves))
 
     shapes = jax.tree.map(shape_of, (param_leaves, state_leaves, batch_leaves, rng))
-    program, _ = jaxprs.trace(flat, *shapes)
+    program, _ = flat.trace(flattened, *shapes)
     _check_supported(program)
     _check_equal_state(program.outvars[2 : 2 + len(state_leaves)], state_leaves, state_names)
     traced = _assemble(program, param_names, state_names, len(batch_leaves), weighted_loss, outputs)

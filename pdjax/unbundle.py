@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from pdjax import jaxprs
+from pdjax import flat, jaxprs
 from pdjax.jaxprs import Atom, Equation, Var
 
 
@@ -123,7 +123,7 @@ def _with_own_equation(
 ) -> list[Equation]:
     """The equation, and others in front of it that make its results `wanted` by `run`."""
     # A result that is an operand handed through gets an equation, too: one that costs nothing.
-    program, _ = jaxprs.trace(
+    program, _ = flat.trace(
         lambda *operands: jax.tree.map(jax.lax.stop_gradient, run(*operands)),
         *map(jaxprs.shape_of, equation.invars),
     )

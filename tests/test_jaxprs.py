@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import io_callback
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pdjax import jaxprs
+from pdjax import flat, jaxprs
 
 
 def test_flattening_inlines_nested_jit_and_keeps_the_meaning():
@@ -26,7 +26,7 @@ def test_flattening_inlines_nested_jit_and_keeps_the_meaning():
         return inner(z) * y, x
 
     x, y = jnp.array([1.0, 2.0, 3.0]), jnp.float32(2.0)
-    program, tree = jaxprs.trace(function, x, y)
+    program, tree = flat.trace(function, x, y)
     assert "jit" not in {equation.primitive.name for equation in program.equations}
     assert program.paths[0] == "outer"
     run = jaxprs.as_function(
@@ -38,7 +38,7 @@ def test_flattening_inlines_nested_jit_and_keeps_the_meaning():
 
 
 def test_the_same_function_inlined_twice_has_variables_of_its_own():
-    twice, _ = jaxprs.trace(lambda x: jnp.where(jnp.where(x > 0, x, 0) > 1, x, 1), jnp.ones(3))
+    twice, _ = flat.trace(lambda x: jnp.where(jnp.where(x > 0, x, 0) > 1, x, 1), jnp.ones(3))
     made = [var for equation in twice.equations for var in equation.outvars]
     assert len(made) == len(set(made))
 
@@ -48,7 +48,7 @@ def test_branches_become_selections():
         return jax.lax.cond(flag, lambda x, y: (x + 1, y), lambda x, y: (x, 2 * y), x, y)
 
     arguments = (jnp.array(True), jnp.ones(2), jnp.ones(3))
-    program, _ = jaxprs.trace(function, *arguments, branches_as_selects=True)
+    program, _ = flat.trace(function, *arguments, branches_as_selects=True)
     first = jaxprs.needed(program.equations, program.outvars[:1])
     read = jaxprs.free_variables([program.equations[i] for i in first], program.outvars[:1])
     assert program.invars[2] not in read, "the first result does not depend on y"
@@ -60,7 +60,7 @@ def test_branches_become_selections():
 
 
 def test_needed_stops_at_what_is_given():
-    program, _ = jaxprs.trace(lambda x: jnp.exp(jnp.sin(jnp.cos(x))), 1.0)
+    program, _ = flat.trace(lambda x: jnp.exp(jnp.sin(jnp.cos(x))), 1.0)
     sine = program.equations[1].outvars[0]
     assert jaxprs.needed(program.equations, program.outvars) == [0, 1, 2]
     assert jaxprs.needed(program.equations, program.outvars, [sine]) == [2]
@@ -70,7 +70,7 @@ def test_needed_stops_at_what_is_given():
 def test_fingerprints_see_everything_but_names():
     def equations(function, *shapes):
         arguments = [jnp.zeros(shape) for shape in shapes]
-        return jaxprs.trace(function, *arguments)[0].equations
+        return flat.trace(function, *arguments)[0].equations
 
     def dense(x, w):
         return jnp.tanh(x @ w)
@@ -83,14 +83,14 @@ def test_fingerprints_see_everything_but_names():
 
 
 def only(function, *arguments):
-    return jaxprs.trace(function, *arguments)[0].equations[0]
+    return flat.trace(function, *arguments)[0].equations[0]
 
 
 def test_sizes_and_kinds_of_values():
     def function(x, key):
         return x > 0, jax.random.fold_in(key, 1)
 
-    program, _ = jaxprs.trace(function, jnp.zeros((2, 3), jnp.bfloat16), jax.random.key(0))
+    program, _ = flat.trace(function, jnp.zeros((2, 3), jnp.bfloat16), jax.random.key(0))
     x, key = program.invars
     assert (jaxprs.num_elements(x), jaxprs.num_bytes(x)) == (6, 12)
     assert jaxprs.num_bytes(key) == 8
@@ -158,7 +158,7 @@ def sharded_jit(x):
     ],
 )
 def test_what_cannot_be_cut(function, reason):
-    program, _ = jaxprs.trace(function, jnp.ones(3))
+    program, _ = flat.trace(function, jnp.ones(3))
     reasons = [jaxprs.unsupported(equation) for equation in program.equations]
     assert any(found and found.startswith(reason) for found in reasons)
 
@@ -168,7 +168,7 @@ def test_what_can_be_cut():
         jax.debug.print("{}", x)
         return jax.jit(jnp.sin)(jax.checkpoint(jnp.cos)(x))
 
-    program, _ = jaxprs.trace(function, jnp.ones(3))
+    program, _ = flat.trace(function, jnp.ones(3))
     assert not any(map(jaxprs.unsupported, program.equations))
 
 
@@ -185,5 +185,5 @@ def test_scope_paths_have_no_transformations(function, path):
         with jax.named_scope("a"), jax.named_scope("b"):
             return function(x)
 
-    assert jaxprs.trace(scoped, jnp.ones(3))[0].paths == (path,)
-    assert jaxprs.trace(jax.vmap(scoped), jnp.ones((2, 3)))[0].paths == (path,)
+    assert flat.trace(scoped, jnp.ones(3))[0].paths == (path,)
+    assert flat.trace(jax.vmap(scoped), jnp.ones((2, 3)))[0].paths == (path,)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdjax import jaxprs
+from pdjax import flat, jaxprs
 from pdjax.residuals import smallest_stash
 
 _PER_VALUE_BYTES = 64
@@ -25,7 +25,7 @@ def random_program(choices):
             values.append(jnp.resize(x, (sizes[size],)) + jnp.resize(y, (sizes[size],)))
         return values
 
-    return jaxprs.trace(function, jnp.ones(4), jnp.ones(16))[0]
+    return flat.trace(function, jnp.ones(4), jnp.ones(16))[0]
 
 
 @settings(max_examples=60, deadline=None)

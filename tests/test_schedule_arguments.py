@@ -13,6 +13,7 @@ import zoo
 
 import pdjax
 from pdjax import schedules
+from pdjax.profile import LayerProfile
 from pdjax.weights import DOUBLE_BUFFER
 
 KEY = jax.random.key(0)
@@ -82,8 +83,8 @@ def test_as_many_stages_as_the_devices_take():
 def test_chunks_are_cut_by_what_was_measured(monkeypatch):
     """With plan="auto" the stages are equally long by the profile; the last block is slow."""
     names = zoo.graph_of(CASE, 2, KEY).names
-    layers = [pdjax.profile.LayerProfile(n, 1.0, 2.0, 0.0, 0.0) for n in names]
-    layers[-1] = pdjax.profile.LayerProfile(names[-1], 7.0, 14.0, 0.0, 0.0)
+    layers = [LayerProfile(n, 1.0, 2.0, 0.0, 0.0) for n in names]
+    layers[-1] = LayerProfile(names[-1], 7.0, 14.0, 0.0, 0.0)
     profile = pdjax.Profile(tuple(layers), batch_size=2)
     pipe = make(
         schedule="interleaved",
@@ -160,7 +161,10 @@ def test_metrics_of_evaluation_in_microbatches(num_microbatches):
 
     rng = np.random.default_rng(0)
     params = {name: rng.normal(size=(3, 3)).astype(np.float32) for name in "ab"}
-    batch = {"x": rng.normal(size=(8, 3)).astype(np.float32), "mask": np.float32([1, 0] * 4)}
+    batch = {
+        "x": rng.normal(size=(8, 3)).astype(np.float32),
+        "mask": np.array([1, 0] * 4, np.float32),
+    }
     pipe = pdjax.Pipeline(
         loss_fn, optax.sgd(0.1), num_stages=2, num_microbatches=2, weighted_loss=True
     )

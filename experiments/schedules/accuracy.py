@@ -188,7 +188,7 @@ def overlay(point: Point, profile: pdjax.Profile, path: Path) -> None:
 
 def main() -> None:
     """Runs the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=4, help="in each round, of each pipeline")
     parser.add_argument("--blocks", type=int, default=8)

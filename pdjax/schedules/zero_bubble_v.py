@@ -1,7 +1,10 @@
 """Zero bubble with two stages on each worker, laid out like the letter V."""
 
+from collections import defaultdict
+from itertools import count
+
 from pdjax.schedules.chunks import num_workers_of
-from pdjax.schedules.schedule import Action, ActionKind, Schedule
+from pdjax.schedules.schedule import Action, Schedule
 
 
 def zero_bubble_v(num_stages: int, num_microbatches: int, *, num_chunks: int = 2) -> Schedule:
@@ -27,52 +30,43 @@ def zero_bubble_v(num_stages: int, num_microbatches: int, *, num_chunks: int = 2
         ValueError: if the number of stages is odd.
     """
     n = num_workers_of("zero_bubble_v", num_stages, num_chunks, (2,))
-    workers = tuple(_Worker(n, worker, num_microbatches).actions() for worker in range(n))
+    workers = tuple(_actions(n, worker, num_microbatches) for worker in range(n))
     return Schedule("zero_bubble_v", num_stages, num_microbatches, workers)
 
 
-class _Worker:
-    """Writes down what one worker does; the counts say how often it did each kind so far."""
+def _actions(num_workers: int, worker: int, num_microbatches: int) -> tuple[Action, ...]:
+    # Written for as many microbatches as fill the pipeline; those that there are not fall out.
+    passes = _passes(num_workers, worker, max(2 * num_workers - 1, num_microbatches))
+    if worker == 0:
+        passes = passes.replace("I0W0", "B0")
+    stages = {"0": worker, "1": 2 * num_workers - 1 - worker}
+    counts: defaultdict[tuple[str, str], count[int]] = defaultdict(count)
+    every = (
+        (kind, stages[chunk], next(counts[kind, chunk]))
+        for kind, chunk in zip(passes[::2], passes[1::2], strict=True)
+    )
+    kept = (Action._make(action) for action in every if action[2] < num_microbatches)
+    updates = (Action("U", stage, num_microbatches - 1) for stage in stages.values())
+    return (*kept, *updates)
 
-    def __init__(self, num_workers: int, worker: int, num_microbatches: int) -> None:
-        self.num_workers = num_workers
-        self.worker = worker
-        self.num_microbatches = num_microbatches
-        self.stages = worker, 2 * num_workers - 1 - worker
-        self.counts: dict[tuple[ActionKind, int], int] = {}
-        self.found: list[Action] = []
 
-    def do(self, kinds: str, chunk: int) -> None:
-        """One action of each of `kinds` on a chunk, for its next microbatch."""
-        for kind in "B" if kinds == "IW" and not self.stages[chunk] else kinds:
-            microbatch = self.counts.get((kind, chunk), 0)  # type: ignore[arg-type]
-            self.counts[kind, chunk] = microbatch + 1  # type: ignore[index]
-            if microbatch < self.num_microbatches:
-                self.found.append(Action(kind, self.stages[chunk], microbatch))  # type: ignore[arg-type]
+def _passes(n: int, worker: int, total: int) -> str:
+    """The kinds of a worker's passes, each with its chunk: ``F0`` is the first one's forward pass.
 
-    def actions(self) -> tuple[Action, ...]:
-        n, w = self.num_workers, self.worker
-        # Written for as many microbatches as fill the pipeline; those that there are not fall out.
-        total = max(2 * n - 1, self.num_microbatches)
-        for _ in range(2 * (n - w) - 1):
-            self.do("F", 0)
-        for _ in range(w):
-            self.do("F", 1)
-            self.do("F", 0)
-        for _ in range(n - w):
-            self.do("FIW", 1)
-        while self.counts["F", 0] < total or self.counts["F", 1] < total:
-            if self.counts["F", 0] < total:
-                self.do("F", 0)
-            self.do("IW", 0)
-            self.do("FIW", 1)
-        for _ in range(w):
-            self.do("I", 0)
-            self.do("I", 1)
-        for _ in range(n - w):
-            self.do("IW", 0)
-        for chunk in (1, 0):
-            while self.stages[chunk] and self.counts.get(("W", chunk), 0) < total:
-                self.do("W", chunk)
-        last = self.num_microbatches - 1
-        return (*self.found, *(Action("U", stage, last) for stage in self.stages))
+    Args:
+        n: number of workers.
+        worker: the worker.
+        total: microbatches, at least 2n - 1.
+    """
+    ahead = 2 * n - 1 - worker  # forward passes of the first chunk before the steady state
+    return (
+        "F0" * (2 * (n - worker) - 1)
+        + "F1F0" * worker
+        + "F1I1W1" * (n - worker)
+        + "F0I0W0F1I1W1" * (total - ahead)
+        + "I0W0F1I1W1" * (ahead - n)
+        + "I0I1" * worker
+        + "I0W0" * (n - worker)
+        + "W1" * worker
+        + "W0" * worker
+    )
