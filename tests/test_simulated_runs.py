@@ -133,3 +133,23 @@ def test_counting_goes_on_over_batches_of_other_shapes():
     after = pipe.counts(state)
     assert after.actions[0]["F"] == before.actions[0]["F"] + 2
     assert after.link_bytes[0, 1] > before.link_bytes[0, 1]
+
+
+def test_the_parts_of_a_backward_pass_share_its_time_by_their_work():
+    """Attention has products of activations only, so that the input part has more of them."""
+    transformer = zoo.transformer()
+    pipe = pdjax.Pipeline(
+        transformer.loss_fn,
+        optax.sgd(0.1),
+        schedule="zero_bubble_h1",
+        num_microbatches=2,
+        plan=["block_0/norm_attention", "block_1/mlp_in"],
+    )
+    state = pipe.init(transformer.params, transformer.make_batch(4, 0))
+    profile = flat_profile(pipe.plan)
+    first, attention, dense = state._training.prepared.stage_costs(profile)
+    for cost in (first, attention, dense):
+        assert cost.input_part_s + cost.weight_part_s == pytest.approx(cost.backward_s)
+    assert first.input_s == first.weight_s  # nobody divides it
+    assert attention.input_part_s > attention.weight_part_s
+    assert attention.input_part_s / attention.backward_s > dense.input_part_s / dense.backward_s
