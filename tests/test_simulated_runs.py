@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from itertools import pairwise
 
 import optax
@@ -153,3 +154,25 @@ def test_the_parts_of_a_backward_pass_share_its_time_by_their_work():
     assert first.input_s == first.weight_s  # nobody divides it
     assert attention.input_part_s > attention.weight_part_s
     assert attention.input_part_s / attention.backward_s > dense.input_part_s / dense.backward_s
+
+
+@pytest.mark.parametrize("name", ["one_f_one_b", "zero_bubble_v"])
+def test_the_bytes_that_are_counted_are_those_that_are_sent(name):
+    """With a skip connection, so that a stage sends different values to different stages."""
+    skipping = case()
+    pipe = pdjax.Pipeline(
+        skipping.loss_fn, optax.sgd(0.1), schedule=name, num_stages=4, num_microbatches=3
+    )
+    batch = skipping.make_batch(6, 0)
+    state = pipe.init(skipping.params, batch)
+    transport, sent = state.executor._transport, Counter()
+
+    class Counting:
+        def send(self, values, source, target):
+            pair = pipe.schedule.worker_of(source), pipe.schedule.worker_of(target)
+            sent[pair] += sum(value.nbytes for value in values) * (pair[0] != pair[1])
+            return transport.send(values, source, target)
+
+    state.executor._transport = Counting()
+    state, _ = pipe.step(state, batch)
+    assert pipe.counts(state).link_bytes == {pair: size for pair, size in sent.items() if size}
