@@ -6,6 +6,7 @@ import functools
 from collections import Counter
 from itertools import pairwise
 
+import jax.numpy as jnp
 import optax
 import pytest
 import zoo
@@ -159,12 +160,17 @@ def test_the_parts_of_a_backward_pass_share_its_time_by_their_work():
 @pytest.mark.parametrize("name", ["one_f_one_b", "zero_bubble_v"])
 def test_the_bytes_that_are_counted_are_those_that_are_sent(name):
     """With a skip connection, so that a stage sends different values to different stages."""
-    skipping = case()
-    pipe = pdjax.Pipeline(
-        skipping.loss_fn, optax.sgd(0.1), schedule=name, num_stages=4, num_microbatches=3
-    )
-    batch = skipping.make_batch(6, 0)
-    state = pipe.init(skipping.params, batch)
+
+    def loss_fn(params, batch):
+        skipped = jnp.tanh(batch["x"] @ params["a"])
+        wide = jnp.tanh(skipped[:, :1] @ params["b"])
+        return jnp.mean((jnp.tanh(wide @ params["c"]) @ params["d"] + skipped) ** 2)
+
+    shapes = {"a": (3, 5), "b": (1, 8), "c": (8, 2), "d": (2, 5)}
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    batch = {"x": jnp.ones((6, 3))}
+    pipe = pdjax.Pipeline(loss_fn, optax.sgd(0.1), schedule=name, num_stages=4, num_microbatches=3)
+    state = pipe.init(params, batch)
     transport, sent = state.executor._transport, Counter()
 
     class Counting:
