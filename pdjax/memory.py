@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pdjax.runtime.passes import Passes
 from pdjax.runtime.placed import Values
 from pdjax.runtime.state import Run
-from pdjax.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,13 @@ class StageMemory:
 
 
 def stage_memory(passes: Passes, run: Run) -> tuple[StageMemory, ...]:
-    """What each stage of `run` has held at its peak so far, for batches that `passes` are for."""
+    """What each stage, and replica, of `run` has held at its peak so far.
+
+    It is for batches that `passes` are for.
+    """
     return tuple(
         StageMemory(
-            stage=index,
+            stage=passes.places.stage_of[index],
             weight_bytes=held.weight_bytes,
             peak_versions=held.peak_versions,
             optimizer_bytes=_bytes(held.optimizer),
@@ -65,9 +67,9 @@ def stage_memory(passes: Passes, run: Run) -> tuple[StageMemory, ...]:
     )
 
 
-def gradient_bytes(passes: Passes, run: Run, stage: int) -> int:
-    """Bytes of the gradients of a stage; 0 if they are applied where they are made."""
-    return 0 if "FBU" in passes.kinds[stage] else run.stages[stage].weight_bytes
+def gradient_bytes(passes: Passes, run: Run, place: int) -> int:
+    """Bytes of the gradients at a place; 0 if they are applied where they are made."""
+    return 0 if "FBU" in passes.kinds[place] else run.stages[place].weight_bytes
 
 
 @dataclass(frozen=True)
@@ -86,24 +88,24 @@ class Counts:
     peak_bytes: tuple[int, ...]
 
 
-def count(passes: Passes, run: Run, schedule: Schedule) -> Counts:
+def count(passes: Passes, run: Run) -> Counts:
     """What `run` counted so far; gradients are those of the last minibatch's programs."""
-    actions = []
-    for state in run.stages:
-        found: Counter[str] = Counter()
+    places = passes.places
+    found: list[Counter[str]] = [Counter() for _ in places.replicas]
+    for stage, state in zip(places.stage_of, run.stages, strict=True):
         for kinds, times in state.performed.items():
-            found.update(dict.fromkeys(kinds, times))
-        actions.append(dict(sorted(found.items())))
+            found[stage].update(dict.fromkeys(kinds, times))
+    actions = [dict(sorted(each.items())) for each in found]
     links: Counter[tuple[int, int]] = Counter()
     for (source, target), size in run.sent_bytes.items():
-        pair = schedule.worker_of(source), schedule.worker_of(target)
+        pair = places.worker_of[source], places.worker_of[target]
         if pair[0] != pair[1]:
             links[pair] += size
     peaks = []
     for worker, tally in enumerate(run.workers):
-        stages = schedule.stages_of(worker)
-        fixed = sum(_bytes(run.stages[s].optimizer) for s in stages)
-        fixed += sum(gradient_bytes(passes, run, s) for s in stages)
+        held = [at for at, where in enumerate(places.worker_of) if where == worker]
+        fixed = sum(_bytes(run.stages[at].optimizer) for at in held)
+        fixed += sum(gradient_bytes(passes, run, at) for at in held)
         peaks.append(fixed + tally.peak_bytes)
     return Counts(tuple(actions), dict(sorted(links.items())), tuple(peaks))
 

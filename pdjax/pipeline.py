@@ -300,7 +300,7 @@ class Pipeline:
         """
         training = self._training_of(state)
         self._check_losses(training, at_most=self._allowed_ahead - 1)
-        feed = training.prepared.feed(batch)
+        feed = training.prepared.feed(state.run, batch)
         with _breaking_on_errors(training, state.step, BaseException):
             run = self._take(state)
             loss, metrics = training.prepared.executor.step(run, feed)
@@ -451,7 +451,7 @@ class Pipeline:
         It is counted always, and waits for nothing.
         """
         prepared, run = self._training_of(state).prepared, state.run
-        return count(run.passes or prepared.passes, run, prepared.schedule)
+        return count(run.passes or prepared.passes, run)
 
     def simulate(
         self,

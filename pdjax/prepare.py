@@ -28,6 +28,8 @@ from pdjax.runtime.executor import Executor
 from pdjax.runtime.intake import Intake, Slicing
 from pdjax.runtime.passes import Passes, PlacedConsts
 from pdjax.runtime.placed import Values, placed
+from pdjax.runtime.places import Places
+from pdjax.runtime.reduce import AllReduce, MeanOfState
 from pdjax.runtime.state import Feed, Run, StageState, WorkerTally
 from pdjax.runtime.transport import LocalTransport
 from pdjax.runtime.update import UpdateRunner
@@ -108,6 +110,7 @@ class Prepared:
         self.schedule, self.rule = make_schedule(settings)
         placements = place_stages(self.plan, self.schedule, settings.placements)
         self._settings = settings = replace(settings, placements=tuple(placements))
+        self.places = Places.of(self.schedule)
         self._keys = [place(rng, placement) for placement in settings.placements]
         self._passes: dict[Any, Passes] = {}
         self._known: dict[Any, Passes] = {}
@@ -116,17 +119,15 @@ class Prepared:
         self.split = split(graph, self.plan.first_layers)
         self.update = self._split_optimizer()
         self.state_homes = _state_homes(self.split)
-        self._updates = [self._update_runner(stage) for stage in range(self.plan.num_stages)]
+        self._updates = [self._update_runner(at) for at in range(len(placements))]
         self.executor = Executor(
             self.schedule,
             self.rule,
             self._updates,
-            [
-                place(np.float32(self.schedule.num_microbatches), placement)
-                for placement in settings.placements
-            ],
+            [self._divisors(at) for at in range(len(placements))],
             LocalTransport(),
             _average if self._averages_state() else None,
+            self._reduces(),
         )
         # Under an asynchronous schedule a batch may be read after the step that brought it has
         # returned, when its owner may have given its memory away.
@@ -135,6 +136,29 @@ class Prepared:
             for placement in settings.placements
         ]
         self._passes[self._spec.signature] = self._compile(self._spec, self.split)
+
+    def _divisors(self, at: int) -> dict[int, Any]:
+        """What the sum of so many microbatches' gradients is divided by, at a place."""
+        size = self.schedule.per_update[self.places.stage_of[at]]
+        whole = not self.schedule.flushes and self.schedule.num_microbatches == 1
+        placement = self._settings.placements[at]
+        counts = range(1 if whole else size, size + 1)  # a drain may break a round off
+        return {count: place(np.float32(count), placement) for count in counts}
+
+    def _reduces(self) -> dict[int, tuple[AllReduce, MeanOfState | None]]:
+        """For each stage with replicas what its updates sum and average over them."""
+        found: dict[int, tuple[AllReduce, MeanOfState | None]] = {}
+        params, state = jax.tree.leaves(self._params), jax.tree.leaves(self._state)
+        for stage, count in enumerate(self.places.replicas):
+            if count > 1:
+                where = [self._settings.placements[at] for at in self.places.of_stage(stage)]
+                shapes = [params[i] for i in self.update.stages[stage].params]
+                kept = {i: state[i] for i in self.split.stages[stage].updates}
+                found[stage] = (
+                    AllReduce(where, shapes),
+                    MeanOfState(where, kept) if kept else None,
+                )
+        return found
 
     def _averages_state(self) -> bool:
         if self._settings.state_update == "microbatch" or self.schedule.num_microbatches == 1:
@@ -168,17 +192,17 @@ class Prepared:
             _refuse_mixing(update, self.schedule)
         return update
 
-    def _update_runner(self, stage: int) -> UpdateRunner:
-        """The update of a stage; it reuses the old weights if no backward pass still needs them."""
-        schedule, rule = self.schedule, self.rule
+    def _update_runner(self, at: int) -> UpdateRunner:
+        """The update at a place; it reuses the old weights if no backward pass still needs them."""
+        schedule, rule, stage = self.schedule, self.rule, self.places.stage_of[at]
         workers = schedule.unroll((schedule.lag + 2) * schedule.num_minibatches)
-        worker = workers[schedule.worker_of(stage)]
+        worker = workers[self.places.worker_of[at]]
         delay = delay_of(rule, schedule)
         alive = peak_versions(worker, stage, rule, schedule.num_microbatches, delay)
         return UpdateRunner(
             self.update,
             stage,
-            self._settings.placements[stage],
+            self._settings.placements[at],
             donate_weights=alive == 1,
             divisor=_divisor(self.split),
         )
@@ -194,7 +218,7 @@ class Prepared:
             self._remat,
             self._updates,
             self._metric_axes(self._settings.loss_fn, spec, stages, m),
-            self._consts.of(stages),
+            self._consts.of(stages, self.places),
         )
         key = jax.ShapeDtypeStruct(jnp.shape(self._key), self._key.dtype)
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
@@ -247,12 +271,14 @@ class Prepared:
         known = (spec.signature, count)
         if known not in self._evaluations:
             loss_fn = self._settings.eval_loss_fn
+            first = [held[0] for held in map(self.places.of_stage, range(self.plan.num_stages))]
             graph = self._graph(loss_fn, spec.microbatch(count))
             stages = split(graph, self.plan.first_layers_in(graph.names))
+            consts = self._consts.of(stages, self.places)
             self._evaluations[known] = Evaluation(
                 stages,
-                self._settings.placements,
-                self._consts.of(stages),
+                [self._settings.placements[at] for at in first],
+                tuple(consts[at] for at in first),
                 Slicing(count, spec.axes),
                 self._metric_axes(loss_fn, spec, stages, count),
             )
@@ -265,7 +291,7 @@ class Prepared:
         leaves, state = jax.tree.leaves(params), jax.tree.leaves(model_state)
         program, _ = init_program(self._settings.optimizer, self._params)
         stages = []
-        for stage, placement in enumerate(self._settings.placements):
+        for stage, placement in zip(self.places.stage_of, self._settings.placements, strict=True):
             mine = self.update.stages[stage]
             weights = tuple(place(leaves[i], placement) for i in mine.params)
             wanted = tuple(program.outvars[i] for i in mine.state)
@@ -288,13 +314,19 @@ class Prepared:
             }
             stages.append(StageState(weights, make(tuple(values[var] for var in reads)), model))
         workers = [
-            WorkerTally(sum(stages[stage].weight_bytes for stage in self.schedule.stages_of(at)))
-            for at in range(len(self.schedule.workers))
+            WorkerTally(
+                sum(
+                    held.weight_bytes
+                    for held, where in zip(stages, self.places.worker_of, strict=True)
+                    if where == worker
+                )
+            )
+            for worker in range(len(self.schedule.workers))
         ]
         return Run(stages, workers)
 
-    def feed(self, batch: Any) -> Feed:
-        """Moves a minibatch to the stages that read it."""
+    def feed(self, run: Run, batch: Any) -> Feed:
+        """Moves a minibatch to the places that read it, to each the microbatches that it runs."""
         leaves, tree = jax.tree.flatten(batch)
         shapes = (tree, *map(appearance, leaves))
         if shapes not in self._known:
@@ -302,10 +334,15 @@ class Prepared:
             self._known[shapes] = self._passes_for(spec)
         passes = self._known[shapes]
         leaves = [own_copy(leaf) for leaf in leaves]
-        moved = [
-            intake.take(leaves, stage.batch, passes.slicing)
-            for stage, intake in zip(passes.split.stages, self._intakes, strict=True)
-        ]
+        moved = []
+        for at, intake in enumerate(self._intakes):
+            stage = self.places.stage_of[at]
+            count = self.places.replicas[stage]
+            number = at - self.places.of_stage(stage)[0]
+            first = (number - (run.fed - run.start) % self.schedule.cycle) % count
+            turns = range(first, self.schedule.num_microbatches, count)
+            indices = passes.split.stages[stage].batch
+            moved.append(intake.take(leaves, indices, passes.slicing, turns))
         return Feed(passes, moved, self._keys)
 
     def evaluate(self, run: Run, batch: Any, count: int) -> tuple[Any, Values, Any]:
@@ -318,14 +355,16 @@ class Prepared:
     def weights(self, run: Run) -> dict[int, Any]:
         """The newest version of each parameter leaf, by index."""
         found: dict[int, Any] = {}
-        for mine, state in zip(self.update.stages, run.stages, strict=True):
+        for stage, mine in enumerate(self.update.stages):
+            state = run.stages[self.places.of_stage(stage)[0]]
             for index, leaf in zip(mine.params, state.weights, strict=True):
                 found.setdefault(index, leaf)
         return found
 
     def model(self, run: Run) -> dict[int, Any]:
         """Each leaf of the mutable state, by index."""
-        return {i: run.stages[homes[0]].model[i] for i, homes in enumerate(self.state_homes)}
+        first = {stage: self.places.of_stage(stage)[0] for stage in range(self.plan.num_stages)}
+        return {i: run.stages[first[homes[0]]].model[i] for i, homes in enumerate(self.state_homes)}
 
 
 def _refuse_ties(stages: StageSplit, schedule: Schedule) -> None:

@@ -77,14 +77,15 @@ class Settings:
 
 
 def place_stages(plan: Plan, schedule: Schedule, placements: Sequence[Sharding]) -> list[Sharding]:
-    """For each stage where it is: on the worker that was planned, if that is there.
+    """For each stage, and each of its replicas, where it is: as was planned, if that is there.
 
     Where workers run several stages, or none was planned, the schedule's workers are the first of
     `placements`.
     """
-    planned = [stage.workers[0] for stage in plan.stages]
-    if not planned or max(planned) >= len(placements) or len(schedule.workers) < plan.num_stages:
-        planned = [schedule.worker_of(stage) for stage in range(plan.num_stages)]
+    planned = [worker for stage in plan.stages for worker in stage.workers]
+    there = planned and max(planned) < len(placements)
+    if not there or plan.replicas != schedule.replicas or len(schedule.workers) < len(planned):
+        planned = [worker for held in schedule.holders for worker in held]
     return [placements[worker] for worker in planned]
 
 
@@ -96,14 +97,11 @@ def make_schedule(settings: Settings) -> tuple[Schedule, WeightRule]:
         algorithm = find_algorithm(schedule)
         rule = settings.weight_rule or algorithm.weight_rule
         count = settings.num_microbatches or 1
-        made = algorithm.make(settings.num_stages, count, settings.num_chunks)
+        plan = settings.plan
+        replicas = plan.replicas if isinstance(plan, Plan) else None
+        made = algorithm.make(settings.num_stages, count, settings.num_chunks, replicas)
         schedule = replace(made, name=schedule)
     else:
         rule = settings.weight_rule or (LATEST if schedule.flushes else STASH)
     validate(schedule, rule)
-    if max(schedule.replicas) > 1:
-        raise ValueError(
-            f"the schedule {schedule.name!r} has replicas ({schedule.replicas} of the stages), and "
-            "replicas cannot be run yet. Give every stage one worker."
-        )
     return schedule, rule

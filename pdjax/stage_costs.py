@@ -43,14 +43,16 @@ def stage_costs(
         )
     bounds = [*plan.first_layers, len(plan.layers)]
     costs = []
-    for stage, runner in enumerate(passes.stages):
+    for stage in range(plan.num_stages):
+        place = passes.places.of_stage(stage)[0]
+        runner, kinds = passes.stages[place], passes.kinds[place]
         layers = profile.layers[bounds[stage] : bounds[stage + 1]]
         forward_s = sum(layer.forward_s for layer in layers)
         backward_s = sum(layer.backward_s for layer in layers)
         if plan.remat[stage] == "full":
             backward_s += forward_s
-        share = _input_share(runner) if "I" in passes.kinds[stage] else 0.5
-        routes, kinds = passes.routes[stage], passes.kinds[stage]
+        share = _input_share(runner) if "I" in kinds else 0.5
+        routes = passes.routes[stage]
         param_bytes = sum(map(jaxprs.num_bytes, runner.programs.inputs["params"]))
         costs.append(
             StageCost(
@@ -59,10 +61,10 @@ def stage_costs(
                 input_s=backward_s * share,
                 weight_s=backward_s * (1 - share),
                 param_bytes=param_bytes,
-                optimizer_bytes=sum(map(_bytes, updates[stage].state_shapes)),
+                optimizer_bytes=sum(map(_bytes, updates[place].state_shapes)),
                 gradient_bytes=0 if "FBU" in kinds else param_bytes,
-                stash_bytes=passes.stash_bytes[stage] if "F" in kinds else 0,
-                held_bytes=passes.held_bytes[stage],
+                stash_bytes=passes.stash_bytes[place] if "F" in kinds else 0,
+                held_bytes=passes.held_bytes[place],
                 sends=tuple(sorted(routes.forward_bytes.items())),
                 returns=tuple(sorted(routes.backward_bytes.items())),
             )

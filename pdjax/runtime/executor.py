@@ -17,24 +17,27 @@ between are one program, and so is the update if it follows them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from pdjax.runtime.inputs import Given, Reads
 from pdjax.runtime.passes import InstructionKind, Passes
-from pdjax.runtime.placed import Values
+from pdjax.runtime.placed import Values, total
+from pdjax.runtime.places import Places
+from pdjax.runtime.reduce import AllReduce, MeanOfState
 from pdjax.runtime.stage import OutputIndex
 from pdjax.runtime.state import Feed, Halfway, Run, StageState, Stashed, Step
 from pdjax.runtime.transport import Transport
 from pdjax.runtime.update import Pack, UpdateRunner
 from pdjax.schedules import Schedule
+from pdjax.schedules.phases import reach
 from pdjax.schedules.versions import delay_of
 from pdjax.weights import WeightRule
 
 Observer = Callable[[InstructionKind, int, int, Any], None]
-"""Is told of every program dispatched: what, stage, microbatch, and the arrays it makes."""
+"""Is told of every program dispatched: what, place, microbatch, and the arrays it makes."""
 
 
 class Executor:
@@ -43,11 +46,13 @@ class Executor:
     Args:
         schedule: what to do in a step.
         rule: which weights the passes read.
-        updates: the update of each stage.
-        counts: for each stage the number of microbatches in a minibatch, as an array in place.
+        updates: the update of each place.
+        counts: for each place what the sum of so many gradients is divided by, as arrays there.
         transport: how values travel.
         average_state: averages the new values of a stage's mutable state over the microbatches of
             a minibatch; None to update it with every microbatch.
+        reduces: for each stage with replicas the sum of their gradients, and the mean of their
+            mutable state if it has one.
     """
 
     def __init__(
@@ -55,20 +60,23 @@ class Executor:
         schedule: Schedule,
         rule: WeightRule,
         updates: Sequence[UpdateRunner],
-        counts: Sequence[Any],
+        counts: Sequence[dict[int, Any]],
         transport: Transport,
         average_state: Callable[[Sequence[Values]], Values] | None = None,
+        reduces: Mapping[int, tuple[AllReduce, MeanOfState | None]] | None = None,
     ) -> None:
         self.schedule = schedule
+        self.places = Places.of(schedule)
         self.observer: Observer | None = None
-        self._reach = schedule.lag * schedule.num_microbatches
+        self._sizes = [schedule.per_update[stage] for stage in self.places.stage_of]
+        self._reach = reach(schedule) * schedule.num_microbatches
         self._stashes = rule.backward == "stashed"
         self._delay = delay_of(rule, schedule)
-        self._worker_of = [schedule.worker_of(stage) for stage in range(schedule.num_stages)]
         self._updates = updates
         self._counts = counts
         self._transport = transport
         self._average_state = average_state
+        self._reduces = reduces or {}
         self._handlers: dict[InstructionKind, Callable[[Step, int, int], Any]] = {
             "F": self._forward,
             "B": self._backward,
@@ -95,49 +103,54 @@ class Executor:
 
     def drain(self, run: Run) -> None:
         """Dispatches what is still to be done for the microbatches that were handed over."""
-        for extra in range(self.schedule.lag if run.fed > run.start else 0):
-            first = run.fed + extra * self.schedule.num_microbatches
-            self._walk(Step(run, None, first))
+        for first in range(run.fed, run.fed + self._reach, self.schedule.num_microbatches):
+            if run.fed > run.start:
+                self._walk(Step(run, None, first))
         run.start = run.fed
         for state in run.stages:
             state.restart()
         run.divisors.clear()
 
     def _walk(self, step: Step) -> None:
-        first, start, fed = step.first, step.run.start, step.run.fed
-        assert step.run.passes is not None, "nothing was handed over yet"
-        for kind, stage, offset in step.run.passes.instructions:
-            if start <= first + offset < fed:
-                made = self._handlers[kind](step, stage, first + offset)
-                step.run.stages[stage].performed[kind] += 1
+        run, first = step.run, step.first
+        assert run.passes is not None, "nothing was handed over yet"
+        phases = run.passes.instructions
+        phase = (first - run.start) // self.schedule.num_microbatches % len(phases)
+        for kind, place, offset in phases[phase]:
+            microbatch = first + offset
+            if kind == "U" and microbatch - self._sizes[place] + 1 < run.fed:
+                microbatch = min(microbatch, run.fed - 1)  # of a round that was broken off
+            if run.start <= microbatch < run.fed:
+                made = self._handlers[kind](step, place, microbatch)
+                run.stages[place].performed[kind] += 1
                 if self.observer and made is not None:
-                    self.observer(kind, stage, first + offset, made)
+                    self.observer(kind, place, microbatch, made)
 
     # -------- the actions
 
-    def _forward(self, step: Step, stage: int, microbatch: int) -> Any:
-        run, passes, state = step.run, step.passes, step.run.stages[stage]
-        runner = passes.stages[stage]
-        given = self._given(step, stage, microbatch, runner.forward_reads)
+    def _forward(self, step: Step, place: int, microbatch: int) -> Any:
+        run, passes, state = step.run, step.passes, step.run.stages[place]
+        runner = passes.stages[place]
+        given = self._given(step, place, microbatch, runner.forward_reads)
         kept = given
         if runner.backward_reads != runner.forward_reads:
-            kept = self._given(step, stage, microbatch, runner.backward_reads)
-        version, weights = self._weights(run, stage, microbatch)
-        received = self._received(state, passes, stage, microbatch)
+            kept = self._given(step, place, microbatch, runner.backward_reads)
+        version, weights = self._weights(run, place, microbatch)
+        received = self._received(state, passes, place, microbatch)
         outputs = runner.forward(weights, given, received)
         index = runner.forward_outputs
         saved = tuple(outputs[at] for at in index.saved)
         pinned = weights if self._stashes else None
         state.stash[microbatch] = Stashed(passes, version, pinned, kept, saved)
         state.peak_in_flight = max(state.peak_in_flight, len(state.stash))
-        self._tally(run, stage, passes.stash_bytes[stage])
-        self._deliver(step, stage, microbatch, outputs, index)
+        self._tally(run, place, passes.stash_bytes[place])
+        self._deliver(step, place, microbatch, outputs, index)
         return outputs
 
-    def _backward(self, step: Step, stage: int, microbatch: int) -> Any:
-        run, state = step.run, step.run.stages[stage]
+    def _backward(self, step: Step, place: int, microbatch: int) -> Any:
+        run, state = step.run, step.run.stages[place]
         passes, _, weights, given, saved = state.stash.pop(microbatch)
-        runner = passes.stages[stage]
+        runner = passes.stages[place]
         made = runner.backward(
             state.weights if weights is None else weights,
             given,
@@ -146,14 +159,14 @@ class Executor:
             state.gradients,
         )
         state.gradients, returns = made
-        self._tally(run, stage, -passes.stash_bytes[stage])
-        self._return(run, passes, stage, microbatch, returns)
+        self._tally(run, place, -passes.stash_bytes[place])
+        self._return(run, passes, place, microbatch, returns)
         return made
 
-    def _input_part(self, step: Step, stage: int, microbatch: int) -> Any:
-        run, state = step.run, step.run.stages[stage]
+    def _input_part(self, step: Step, place: int, microbatch: int) -> Any:
+        run, state = step.run, step.run.stages[place]
         passes, version, weights, given, saved = state.stash.pop(microbatch)
-        runner = passes.stages[stage].divided
+        runner = passes.stages[place].divided
         made = runner.input_part(
             state.weights if weights is None else weights,
             given,
@@ -163,173 +176,199 @@ class Executor:
         )
         state.gradients, returns, held = made
         state.halfway[microbatch] = Halfway(passes, version, weights, held)
-        self._tally(run, stage, passes.held_bytes[stage] - passes.stash_bytes[stage])
-        self._return(run, passes, stage, microbatch, returns)
+        self._tally(run, place, passes.held_bytes[place] - passes.stash_bytes[place])
+        self._return(run, passes, place, microbatch, returns)
         return made
 
-    def _weight_part(self, step: Step, stage: int, microbatch: int) -> Any:
-        run, state = step.run, step.run.stages[stage]
+    def _weight_part(self, step: Step, place: int, microbatch: int) -> Any:
+        run, state = step.run, step.run.stages[place]
         passes, _, weights, held = state.halfway.pop(microbatch)
-        state.gradients = passes.stages[stage].divided.weight_part(
+        state.gradients = passes.stages[place].divided.weight_part(
             state.weights if weights is None else weights, held, state.gradients
         )
-        self._tally(run, stage, -passes.held_bytes[stage])
+        self._tally(run, place, -passes.held_bytes[place])
         return state.gradients
 
-    def _fused(self, step: Step, stage: int, microbatch: int) -> Any:
-        run, passes, state = step.run, step.passes, step.run.stages[stage]
-        runner = passes.stages[stage]
-        given = self._given(step, stage, microbatch, runner.fused_reads)
-        _, weights = self._weights(run, stage, microbatch)
-        received = self._received(state, passes, stage, microbatch)
+    def _fused(self, step: Step, place: int, microbatch: int) -> Any:
+        run, passes, state = step.run, step.passes, step.run.stages[place]
+        runner = passes.stages[place]
+        given = self._given(step, place, microbatch, runner.fused_reads)
+        _, weights = self._weights(run, place, microbatch)
+        received = self._received(state, passes, place, microbatch)
         made = runner.fused(weights, given, received, state.gradients)
         outputs, state.gradients, returns = made
         state.peak_in_flight = max(state.peak_in_flight, 1)
-        self._tally(run, stage, 0)
-        self._deliver(step, stage, microbatch, outputs, runner.fused_outputs)
-        self._return(run, passes, stage, microbatch, returns)
+        self._tally(run, place, 0)
+        self._deliver(step, place, microbatch, outputs, runner.fused_outputs)
+        self._return(run, passes, place, microbatch, returns)
         return made
 
-    def _whole(self, step: Step, stage: int, microbatch: int) -> Any:
-        run, passes, state = step.run, step.passes, step.run.stages[stage]
-        runner = passes.stages[stage]
-        given = self._given(step, stage, microbatch, runner.fused_reads)
-        received = self._received(state, passes, stage, microbatch)
+    def _whole(self, step: Step, place: int, microbatch: int) -> Any:
+        run, passes, state = step.run, step.passes, step.run.stages[place]
+        runner = passes.stages[place]
+        given = self._given(step, place, microbatch, runner.fused_reads)
+        received = self._received(state, passes, place, microbatch)
         made = runner.whole(state.weights, given, received, state.optimizer)
         outputs, state.weights, state.optimizer, returns = made
         state.version += 1
         state.peak_in_flight = max(state.peak_in_flight, 1)
-        self._tally(run, stage, 0)
-        self._deliver(step, stage, microbatch, outputs, runner.fused_outputs)
-        self._average(step, stage)
-        self._return(run, passes, stage, microbatch, returns)
+        self._tally(run, place, 0)
+        self._deliver(step, place, microbatch, outputs, runner.fused_outputs)
+        self._average(step, place)
+        self._return(run, passes, place, microbatch, returns)
         return made
 
-    def _update(self, step: Step, stage: int, microbatch: int) -> Any:
-        state = step.run.stages[stage]
-        self._average(step, stage)
-        step.updating.append(stage)
-        if self._updates[stage].num_phases == 1:
-            self._apply(step, stage, microbatch, ())
+    def _update(self, step: Step, place: int, microbatch: int) -> Any:
+        state = step.run.stages[place]
+        self._average(step, place)
+        if not state.reduced:
+            self._reduce(step.run, self.places.stage_of[place])
+        step.updating.append(place)
+        if self._updates[place].num_phases == 1:
+            self._apply(step, place, microbatch, ())
             return state.weights
         if len(step.updating) == len(self._updates):
             self._apply_together(step, microbatch)
         return None
+
+    def _reduce(self, run: Run, stage: int) -> None:
+        """Sums the gradients of a stage's replicas, and averages their mutable state."""
+        if stage not in self._reduces:
+            return
+        states = [run.stages[place] for place in self.places.of_stage(stage)]
+        gradients, model = self._reduces[stage]
+        for state, sums in zip(states, gradients([s.gradients for s in states]), strict=True):
+            state.gradients, state.reduced = sums, True
+        if model is not None:
+            model(states)
 
     def _apply_together(self, step: Step, microbatch: int) -> None:
         """Runs the phases of an update in which the stages exchange values."""
         packs: list[dict[int, Pack]] = []
         for phase in range(self._updates[0].num_phases - 1):
             sent = {}
-            for stage, update in enumerate(self._updates):
+            for stage in range(self.schedule.num_stages):
+                place = self.places.of_stage(stage)[0]  # all replicas would send the same
+                update = self._updates[place]
                 if update.sends(phase):
-                    state = step.run.stages[stage]
+                    state = step.run.stages[place]
                     received = _addressed(packs, update)
-                    divisor = self._divisor(step, stage, microbatch)
+                    divisor = self._divisor(step, place, microbatch)
                     sent[stage] = update.phases[phase](
                         state.weights, state.optimizer, state.gradients, received, divisor
                     )
             packs.append(sent)
-        for stage, update in enumerate(self._updates):
-            self._apply(step, stage, microbatch, _addressed(packs, update))
+        for place, update in enumerate(self._updates):
+            self._apply(step, place, microbatch, _addressed(packs, update))
             if self.observer:
-                self.observer("U", stage, microbatch, step.run.stages[stage].weights)
+                self.observer("U", place, microbatch, step.run.stages[place].weights)
 
     def _apply(
-        self, step: Step, stage: int, microbatch: int, packs: Sequence[dict[int, Pack]]
+        self, step: Step, place: int, microbatch: int, packs: Sequence[dict[int, Pack]]
     ) -> None:
-        state = step.run.stages[stage]
+        state = step.run.stages[place]
         if self._delay is not None:
             state.older[state.version] = state.weights
-        state.weights, state.optimizer = self._updates[stage].phases[-1](
+        state.weights, state.optimizer = self._updates[place].phases[-1](
             state.weights,
             state.optimizer,
             state.gradients,
             tuple(packs),
-            self._divisor(step, stage, microbatch),
+            self._divisor(step, place, microbatch),
         )
-        state.gradients = None
+        state.gradients, state.reduced = None, False
         state.version += 1
         state.retire()
-        self._tally(step.run, stage, 0)
+        self._tally(step.run, place, 0)
 
     # -------- what goes in and what comes out
 
-    def _weights(self, run: Run, stage: int, microbatch: int) -> tuple[int, Values]:
+    def _weights(self, run: Run, place: int, microbatch: int) -> tuple[int, Values]:
         """The version that a forward pass reads, and its weights."""
-        state = run.stages[stage]
+        state = run.stages[place]
         if self._delay is None:
             return state.version, state.weights
-        version = self._version_for(run, stage, microbatch)
+        version = self._version_for(run, place, microbatch)
         weights = state.of_version(version)
-        following = microbatch + len(self.schedule.holders[stage])
-        state.wanted = self._version_for(run, stage, following)
+        following = microbatch + self.places.replicas[self.places.stage_of[place]]
+        state.wanted = self._version_for(run, place, following)
         state.retire()
         return version, weights
 
-    def _version_for(self, run: Run, stage: int, microbatch: int) -> int:
+    def _version_for(self, run: Run, place: int, microbatch: int) -> int:
         minibatch = (microbatch - run.start) // self.schedule.num_microbatches
-        return run.stages[stage].base + max(0, minibatch - (self._delay or 0))
+        return run.stages[place].base + max(0, minibatch - (self._delay or 0))
 
-    def _given(self, step: Step, stage: int, microbatch: int, reads: Reads) -> Given:
+    def _given(self, step: Step, place: int, microbatch: int, reads: Reads) -> Given:
         feed = step.feed
         assert feed is not None, "a forward pass outside a step"
         state: Values = ()
         if reads.state:
-            model = step.run.stages[stage].model
-            state = tuple(model[i] for i in feed.passes.split.stages[stage].state)
+            model = step.run.stages[place].model
+            stage = feed.passes.split.stages[self.places.stage_of[place]]
+            state = tuple(model[i] for i in stage.state)
         return Given(
-            feed.passes.consts[stage] if reads.consts else (),
+            feed.passes.consts[place] if reads.consts else (),
             state,
-            feed.batch[stage][microbatch - step.first] if reads.batch else (),
-            (feed.keys[stage],) if reads.key else (),
+            feed.batch[place][microbatch - step.first] if reads.batch else (),
+            (feed.keys[place],) if reads.key else (),
             (np.uint32(microbatch),) if reads.key else (),
         )
 
-    def _received(self, state: StageState, passes: Passes, stage: int, microbatch: int) -> Values:
+    def _received(self, state: StageState, passes: Passes, place: int, microbatch: int) -> Values:
         box = state.inbox.pop(microbatch, {})
-        return tuple(box[at] for at in range(len(passes.split.stages[stage].receives)))
+        stage = passes.split.stages[self.places.stage_of[place]]
+        return tuple(box[at] for at in range(len(stage.receives)))
 
     def _deliver(
-        self, step: Step, stage: int, microbatch: int, outputs: Values, index: OutputIndex
+        self, step: Step, place: int, microbatch: int, outputs: Values, index: OutputIndex
     ) -> None:
-        run, passes = step.run, step.passes
-        for target, pairs in passes.routes[stage].forward.items():
+        run, passes, stage = step.run, step.passes, self.places.stage_of[place]
+        turn, routes = self._turn(run, microbatch), passes.routes[stage]
+        for later, pairs in routes.forward.items():
+            target = self.places.pick(later, turn)
             values = [outputs[index.sends[here]] for here, _ in pairs]
-            moved = self._transport.send(values, stage, target)
-            run.sent_bytes[stage, target] += passes.routes[stage].forward_bytes[target]
+            moved = self._transport.send(values, place, target)
+            run.sent_bytes[place, target] += routes.forward_bytes[later]
             box = run.stages[target].inbox.setdefault(microbatch, {})
             box.update(zip((there for _, there in pairs), moved, strict=True))
         if index.state:
             new = tuple(outputs[at] for at in index.state)
             if self._average_state:
-                run.stages[stage].new_model.append(new)
+                run.stages[place].new_model.append(new)
             else:
                 updates = passes.split.stages[stage].updates
-                run.stages[stage].model.update(zip(updates, new, strict=True))
+                run.stages[place].model.update(zip(updates, new, strict=True))
         for result, at in zip(passes.split.stages[stage].outputs, index.results, strict=True):
             step.made.setdefault(microbatch, {})[result] = outputs[at]
 
     def _return(
-        self, run: Run, passes: Passes, stage: int, microbatch: int, returns: Values
+        self, run: Run, passes: Passes, place: int, microbatch: int, returns: Values
     ) -> None:
-        for source, pairs in passes.routes[stage].backward.items():
+        stage, turn = self.places.stage_of[place], self._turn(run, microbatch)
+        routes = passes.routes[stage]
+        for earlier, pairs in routes.backward.items():
+            target = self.places.pick(earlier, turn)
             values = [returns[here] for here, _ in pairs]
-            moved = self._transport.send(values, stage, source)
-            run.sent_bytes[stage, source] += passes.routes[stage].backward_bytes[source]
-            waiting = run.stages[source].returned
+            moved = self._transport.send(values, place, target)
+            run.sent_bytes[place, target] += routes.backward_bytes[earlier]
+            waiting = run.stages[target].returned
             if microbatch not in waiting:
-                waiting[microbatch] = [{} for _ in range(passes.routes[source].num_waits)]
+                waiting[microbatch] = [{} for _ in range(passes.routes[earlier].num_waits)]
             for (_, there), value in zip(pairs, moved, strict=True):
                 waiting[microbatch][there][stage] = value
 
-    def _average(self, step: Step, stage: int) -> None:
+    def _turn(self, run: Run, microbatch: int) -> int:
+        """The number of a microbatch in its cycle, by which replicas take turns."""
+        return (microbatch - run.start) % self.schedule.cycle
+
+    def _average(self, step: Step, place: int) -> None:
         """Makes the mutable state of the minibatch out of those of its microbatches."""
-        state = step.run.stages[stage]
+        state = step.run.stages[place]
         if not self._average_state or not state.new_model:
             return
         new = self._average_state(state.new_model)
-        updates = step.passes.split.stages[stage].updates
+        updates = step.passes.split.stages[self.places.stage_of[place]].updates
         state.model.update(zip(updates, new, strict=True))
         state.new_model = []
 
@@ -347,20 +386,24 @@ class Executor:
             step.run.divisors[step.first] = combined[1]
         return combined
 
-    def _divisor(self, step: Step, stage: int, microbatch: int) -> Any:
-        """What the gradients of a minibatch are divided by: its microbatches, or its weight."""
-        m = self.schedule.num_microbatches
-        first = microbatch // m * m
+    def _divisor(self, step: Step, place: int, microbatch: int) -> Any:
+        """What the gradients that are applied together are divided by.
+
+        That is the number of their microbatches, or the weight of their minibatches.
+        """
+        start, size, m = step.run.start, self._sizes[place], self.schedule.num_microbatches
+        first = microbatch - (microbatch - start) % size
         weighted = step.run.passes is not None and step.run.passes.weighted
         if not weighted:
-            return self._counts[stage]
-        if first == step.first and step.results is None:
+            return self._counts[place][microbatch + 1 - first]
+        minibatches = range(first // m * m, microbatch + 1, m)
+        if step.first in minibatches and step.results is None:
             step.results = self._collect(step)
-        return step.run.divisors[first]
+        return total([step.run.divisors[minibatch] for minibatch in minibatches])
 
-    def _tally(self, run: Run, stage: int, stash_bytes: int) -> None:
-        """Counts what a stage holds after an action, by which its stash grew."""
-        state, version_bytes = run.stages[stage], 0
+    def _tally(self, run: Run, place: int, stash_bytes: int) -> None:
+        """Counts what a place holds after an action, by which its stash grew."""
+        state, version_bytes = run.stages[place], 0
         if self._stashes:
             alive = {entry.version for entry in state.stash.values()}
             alive.update(entry.version for entry in state.halfway.values())
@@ -370,7 +413,7 @@ class Executor:
             state.peak_versions = max(state.peak_versions, len(alive))
         state.stash_bytes += stash_bytes
         state.peak_stash_bytes = max(state.peak_stash_bytes, state.stash_bytes)
-        run.workers[self._worker_of[stage]].add(version_bytes, stash_bytes)
+        run.workers[self.places.worker_of[place]].add(version_bytes, stash_bytes)
 
 
 def _cotangents(state: StageState, microbatch: int) -> tuple[Values, ...]:

@@ -40,28 +40,45 @@ class Intake:
     def __init__(self, placement: Sharding, *, keeps_in_place: bool) -> None:
         self._placement = placement
         self._keeps_in_place = keeps_in_place
-        self._divide = placed(_divide, placement, static=(0, 1))
+        self._divide = placed(_divide, placement, static=(0, 1, 2))
 
-    def take(self, leaves: Sequence[Any], indices: Sequence[int], slicing: Slicing) -> list[Values]:
-        """For each microbatch its part of the leaves at `indices`."""
+    def take(
+        self,
+        leaves: Sequence[Any],
+        indices: Sequence[int],
+        slicing: Slicing,
+        turns: range | None = None,
+    ) -> list[Any]:
+        """For each microbatch its part of the leaves at `indices`.
+
+        Args:
+            leaves: the leaves of the minibatch.
+            indices: those that are wanted.
+            slicing: how they divide.
+            turns: the microbatches that are wanted; all if None. Of the others there is nothing.
+        """
         count = slicing.num_microbatches
+        wanted = tuple(range(count) if turns is None else turns)
         mine = [leaves[i] for i in indices]
         axes = tuple(slicing.axes[i] for i in indices)
-        if not mine:
+        if not mine or not wanted:
             return [()] * count
         if count == 1 and self._keeps_in_place and all(map(self._is_here, mine)):
             return [tuple(mine)]
-        whole, parts = self._divide(count, axes, *mine)
-        if not whole:
-            return parts
-        return [_merge(axes, whole, part) for part in parts]
+        whole, parts = self._divide(count, axes, wanted, *mine)
+        found: list[Any] = [None] * count
+        for index, part in zip(wanted, parts, strict=True):
+            found[index] = _merge(axes, whole, part) if whole else part
+        return found
 
     def _is_here(self, leaf: Any) -> bool:
         return isinstance(leaf, jax.Array) and leaf.sharding == self._placement
 
 
-def _divide(count: int, axes: tuple[int | None, ...], *leaves: Any) -> tuple[Values, list[Values]]:
-    """The leaves without a batch axis, and for each microbatch its part of the others."""
+def _divide(
+    count: int, axes: tuple[int | None, ...], wanted: tuple[int, ...], *leaves: Any
+) -> tuple[Values, list[Values]]:
+    """The leaves without a batch axis, and for each microbatch wanted its part of the others."""
     whole = tuple(leaf for leaf, axis in zip(leaves, axes, strict=True) if axis is None)
 
     def part(leaf: Any, axis: int, index: int) -> Any:
@@ -74,7 +91,7 @@ def _divide(count: int, axes: tuple[int | None, ...], *leaves: Any) -> tuple[Val
             for leaf, axis in zip(leaves, axes, strict=True)
             if axis is not None
         )
-        for index in range(count)
+        for index in wanted
     ]
     return whole, parts
 

@@ -15,10 +15,12 @@ from pdjax.differentiate import Remat, StagePrograms, differentiate
 from pdjax.jaxprs import Var
 from pdjax.runtime.intake import Slicing
 from pdjax.runtime.placed import Values
+from pdjax.runtime.places import Places
 from pdjax.runtime.results import Merge, mean_of_results
 from pdjax.runtime.stage import StageRunner
 from pdjax.runtime.update import UpdateRunner
-from pdjax.schedules import Schedule, dispatch_order
+from pdjax.schedules import Action, Schedule
+from pdjax.schedules.phases import dispatch_phases
 from pdjax.split import StageSplit
 from pdjax.trees import place
 from pdjax.weights import WeightRule
@@ -28,7 +30,7 @@ Fusion = Literal["", "FB", "FBU"]
 """The kinds of actions that a stage does in one program."""
 
 Instruction = tuple[InstructionKind, int, int]
-"""What to dispatch, for which stage, and for which microbatch counted from the step's first."""
+"""What to dispatch, at which place, and for which microbatch counted from the step's first."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,14 @@ class Passes:
 
     Attributes:
         split: the loss function, cut into stages.
-        stages: the passes of each stage.
+        places: where the stages are.
+        stages: the passes of each place.
         routes: for each stage where its outputs go.
-        instructions: what to dispatch in a step, in order.
-        kinds: for each stage the kinds of its instructions.
-        stash_bytes: for each stage what a microbatch keeps from its forward pass on.
-        held_bytes: for each stage what it keeps between input part and weight part.
-        consts: for each stage the closed-over arrays that it reads, in place.
+        instructions: for each minibatch of a cycle what to dispatch in its step, in order.
+        kinds: for each place the kinds of its instructions.
+        stash_bytes: for each place what a microbatch keeps from its forward pass on.
+        held_bytes: for each place what it keeps between input part and weight part.
+        consts: for each place the closed-over arrays that it reads, in place.
         slicing: how minibatches divide into microbatches.
         num_results: number of the loss function's results (loss, weight, metrics).
         constants: those of the results that are known beforehand, by position.
@@ -82,16 +85,18 @@ class Passes:
         consts: tuple[Values, ...],
     ) -> None:
         self.split = split
+        self.places = places = Places.of(schedule)
         programs = differentiate(split, remat)
         self.stages = tuple(
-            StageRunner(program, placement, update)
-            for program, placement, update in zip(programs, placements, updates, strict=True)
+            StageRunner(programs[stage], placement, update)
+            for stage, placement, update in zip(places.stage_of, placements, updates, strict=True)
         )
         self.routes = tuple(_find_routes(stage, programs) for stage in range(len(programs)))
-        self.instructions = _fuse(schedule, self._longest_fusions(schedule, rule, updates))
+        fusions = self._longest_fusions(schedule, rule, updates)
+        self.instructions = _fuse(schedule, places, fusions)
         self.kinds: tuple[frozenset[InstructionKind], ...] = tuple(
-            frozenset(kind for kind, stage, _ in self.instructions if stage == index)
-            for index in range(len(programs))
+            frozenset(kind for phase in self.instructions for kind, at, _ in phase if at == place)
+            for place in range(len(self.stages))
         )
         self.stash_bytes = tuple(runner.programs.saved_bytes for runner in self.stages)
         self.held_bytes = tuple(
@@ -124,16 +129,17 @@ class Passes:
         made to the weights that they were computed with.
         """
 
-        def fusion(stage: int) -> Fusion:
+        def fusion(place: int) -> Fusion:
+            stage, worker = self.places.stage_of[place], self.places.worker_of[place]
             if self.routes[stage].num_waits:
                 return ""
-            alone = updates[stage].num_phases == 1 and not self.weighted
-            alone = alone and rule.forward == "newest"
-            if alone and _always_follow(schedule, stage, "FBU"):
+            alone = updates[place].num_phases == 1 and not self.weighted
+            alone = alone and rule.forward == "newest" and self.places.replicas[stage] == 1
+            if alone and _always_follow(schedule.workers[worker], stage, "FBU"):
                 return "FBU"
-            return "FB" if _always_follow(schedule, stage, "FB") else ""
+            return "FB" if _always_follow(schedule.workers[worker], stage, "FB") else ""
 
-        return tuple(fusion(stage) for stage in range(len(self.stages)))
+        return tuple(fusion(place) for place in range(len(self.stages)))
 
     @property
     def weighted(self) -> bool:
@@ -148,37 +154,38 @@ class Passes:
         Args:
             key: the shape of the base key.
         """
-        used = {(kind, stage) for kind, stage, _ in self.instructions}
         accumulates = self.slicing.num_microbatches > 1
-        for kind, stage in sorted(used):
-            if kind == "U":
-                yield from self.stages[stage].update.lowerings()
-            else:
-                yield from self.stages[stage].lowerings(kind, key, accumulates)
+        for runner, kinds in zip(self.stages, self.kinds, strict=True):
+            for kind in sorted(kinds):
+                if kind == "U":
+                    yield from runner.update.lowerings()
+                else:
+                    yield from runner.lowerings(kind, key, accumulates)
 
 
 class PlacedConsts:
-    """The arrays that loss functions closed over, each moved to a stage once.
+    """The arrays that loss functions closed over, each moved to a place once.
 
     Args:
-        placements: where the stages are.
+        placements: the places.
     """
 
     def __init__(self, placements: Sequence[Sharding]) -> None:
         self._placements = placements
         self._placed: dict[tuple[int, int], tuple[Any, jax.Array]] = {}
 
-    def of(self, split: StageSplit) -> tuple[Values, ...]:
-        """For each stage the arrays that it reads, in place."""
+    def of(self, split: StageSplit, places: Places) -> tuple[Values, ...]:
+        """For each place the arrays that its stage reads, there."""
         values = split.traced.program.consts
         return tuple(
-            tuple(self._at(values[i], stage.index) for i in stage.consts) for stage in split.stages
+            tuple(self._at(values[i], at) for i in split.stages[stage].consts)
+            for at, stage in enumerate(places.stage_of)
         )
 
-    def _at(self, value: Any, stage: int) -> jax.Array:
-        key = id(value), stage
+    def _at(self, value: Any, at: int) -> jax.Array:
+        key = id(value), at
         if key not in self._placed:  # it holds the value, too, so that its id stays its own
-            self._placed[key] = value, place(value, self._placements[stage])
+            self._placed[key] = value, place(value, self._placements[at])
         return self._placed[key][1]
 
 
@@ -208,21 +215,26 @@ def _find_routes(stage: int, stages: Sequence[StagePrograms]) -> Routes:
     )
 
 
-def _fuse(schedule: Schedule, fusions: Sequence[Fusion]) -> tuple[Instruction, ...]:
+def _fuse(
+    schedule: Schedule, places: Places, fusions: Sequence[Fusion]
+) -> tuple[tuple[Instruction, ...], ...]:
     """The dispatch order, with one instruction in the place of the actions that a stage fuses."""
-    instructions: list[Instruction] = []
-    for action in dispatch_order(schedule):
-        kinds = fusions[action.stage]
-        if kinds and action.kind == "F":
-            instructions.append((kinds, action.stage, action.microbatch))
-        elif action.kind not in kinds:
-            instructions.append((action.kind, action.stage, action.microbatch))
-    return tuple(instructions)
+    phases = []
+    for turns in dispatch_phases(schedule):
+        instructions: list[Instruction] = []
+        for worker, action in turns:
+            place = places.at(worker, action.stage)
+            kinds = fusions[place]
+            if kinds and action.kind == "F":
+                instructions.append((kinds, place, action.microbatch))
+            elif action.kind not in kinds:
+                instructions.append((action.kind, place, action.microbatch))
+        phases.append(tuple(instructions))
+    return tuple(phases)
 
 
-def _always_follow(schedule: Schedule, stage: int, kinds: Fusion) -> bool:
-    """Whether every forward pass of `stage` is directly followed by the others of `kinds`."""
-    worker = schedule.workers[schedule.worker_of(stage)]
+def _always_follow(worker: Sequence[Action], stage: int, kinds: Fusion) -> bool:
+    """Whether on a worker every forward pass of `stage` is directly followed by the others."""
 
     def follow(at: int, microbatch: int) -> bool:
         found = worker[at : at + len(kinds)]

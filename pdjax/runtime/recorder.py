@@ -18,6 +18,7 @@ from typing import Any, cast
 import jax
 
 from pdjax.runtime.passes import InstructionKind
+from pdjax.runtime.places import Places
 from pdjax.schedules import Action, Schedule
 from pdjax.schedules.schedule import ActionKind, inputs_of
 from pdjax.timeline import Span, Timeline
@@ -28,6 +29,7 @@ class _Event:
     """A program that was dispatched; `done_s` is set when its results are ready."""
 
     kind: InstructionKind
+    worker: int
     stage: int
     microbatch: int
     dispatched_s: float
@@ -47,6 +49,7 @@ class Recorder:
         for leaf in weights:
             _touch(leaf)
         self._schedule = schedule
+        self._places = Places.of(schedule)
         self._events: list[_Event] = []
         self._queues: list[queue.SimpleQueue[tuple[_Event, Any] | None]] = []
         self._threads: list[threading.Thread] = []
@@ -57,11 +60,12 @@ class Recorder:
             self._queues.append(waiting)
             self._threads.append(thread)
 
-    def observe(self, kind: InstructionKind, stage: int, microbatch: int, made: Any) -> None:
+    def observe(self, kind: InstructionKind, place: int, microbatch: int, made: Any) -> None:
         """Notes that a program was dispatched, and waits for it elsewhere."""
-        event = _Event(kind, stage, microbatch, time.perf_counter())
+        stage, worker = self._places.stage_of[place], self._places.worker_of[place]
+        event = _Event(kind, worker, stage, microbatch, time.perf_counter())
         self._events.append(event)
-        self._queues[self._schedule.worker_of(stage)].put((event, _lasting(kind, made)))
+        self._queues[worker].put((event, _lasting(kind, made)))
 
     def finish(self) -> Timeline:
         """Waits for everything that was dispatched and returns when it ran."""
@@ -74,7 +78,7 @@ class Recorder:
         free_at = [0.0] * len(self._schedule.workers)
         spans = []
         for event in self._events:
-            worker = self._schedule.worker_of(event.stage)
+            worker = event.worker
             inputs = self._inputs_ready(event, ends)
             start = min(max(free_at[worker], inputs, event.dispatched_s), event.done_s)
             free_at[worker] = event.done_s

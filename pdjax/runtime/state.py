@@ -49,7 +49,7 @@ class Halfway(NamedTuple):
 
 @dataclass
 class StageState:
-    """What one stage holds.
+    """What one place (a stage, or one of its replicas) holds.
 
     Attributes:
         weights: the newest version of its parameters.
@@ -61,6 +61,7 @@ class StageState:
         older: versions before the newest that a forward pass is yet to read.
         gradients: the sum of the gradients that no update has applied yet; None for those, or
             for all, of which there is none.
+        reduced: whether these are the sums of all replicas already.
         stash: what is kept for each microbatch in flight.
         halfway: what is kept for each microbatch whose backward pass lacks its weight part.
         inbox: values received for forward passes to come, by microbatch and position.
@@ -82,6 +83,7 @@ class StageState:
     wanted: int = 0
     older: dict[int, Values] = field(default_factory=dict)
     gradients: Values | None = None
+    reduced: bool = False
     stash: dict[int, Stashed] = field(default_factory=dict)
     halfway: dict[int, Halfway] = field(default_factory=dict)
     inbox: dict[int, dict[int, Any]] = field(default_factory=dict)
@@ -144,14 +146,14 @@ class Run:
     """What an executor's run holds between steps.
 
     Attributes:
-        stages: what each stage holds.
+        stages: what each place holds, stage after stage.
         workers: what each worker holds, counted.
         fed: number of microbatches handed over so far; the next one gets this number.
         start: the first microbatch after the last drain.
         passes: the programs of the last minibatch.
         divisors: for each minibatch not yet applied everywhere, by its first microbatch, the
             array that its gradients are divided by (only for weighted losses).
-        sent_bytes: bytes that each stage sent to each other, by (from, to).
+        sent_bytes: bytes that each place sent to each other, by (from, to).
     """
 
     stages: list[StageState]
@@ -169,12 +171,12 @@ class Feed:
 
     Attributes:
         passes: the programs for minibatches of this shape.
-        batch: for each stage and microbatch its batch leaves.
-        keys: for each stage the base key.
+        batch: for each place and microbatch its batch leaves; None where it is not its turn.
+        keys: for each place the base key.
     """
 
     passes: Passes
-    batch: Sequence[Sequence[Values]]
+    batch: Sequence[Sequence[Any]]
     keys: Sequence[Any]
 
 
@@ -188,7 +190,7 @@ class Step:
         first: the number of its first microbatch.
         made: for each microbatch its results, by position.
         results: the results of the minibatch, once they were asked for.
-        updating: the stages whose update was reached.
+        updating: the places whose update was reached.
     """
 
     run: Run

@@ -7,7 +7,8 @@ One file an algorithm. To add one, write a function that returns a `Schedule` an
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pdjax.schedules.dispatch import dispatch_order as dispatch_order
@@ -48,18 +49,41 @@ class Algorithm:
     num_chunks: int = 1
 
     @property
+    def replicates(self) -> bool:
+        """Whether its stages may be replicated."""
+        return "replicas" in inspect.signature(self.order).parameters
+
+    @property
     def stale(self) -> bool:
         """Whether gradients are applied to other weights than they were computed with."""
         return self.weight_rule != LATEST
 
     def make(
-        self, num_stages: int, num_microbatches: int, num_chunks: int | None = None
+        self,
+        num_stages: int,
+        num_microbatches: int,
+        num_chunks: int | None = None,
+        replicas: Sequence[int] | None = None,
     ) -> Schedule:
         """The schedule for a number of stages, on all workers together.
+
+        Args:
+            num_stages: number of stages.
+            num_microbatches: microbatches in a minibatch.
+            num_chunks: stages on each worker; None for what is usual.
+            replicas: for each stage on how many workers it is; one if None.
 
         Raises:
             ValueError: if there is none for these numbers.
         """
+        if replicas is not None and max(replicas) > 1:
+            if not self.replicates:
+                able = ", ".join(name for name, row in ALGORITHMS.items() if row.replicates)
+                raise ValueError(
+                    f"replicas={tuple(replicas)}, but this schedule has one worker for each "
+                    f"stage. Use one of {able}, or a plan without replicas."
+                )
+            return self.order(num_stages, num_microbatches, replicas=replicas)
         if self.num_chunks > 1:
             chunks = num_chunks or self.num_chunks
             return self.order(num_stages, num_microbatches, num_chunks=chunks)

@@ -158,11 +158,19 @@ class Schedule:
         return tuple(map(len, self.holders))
 
     def worker_of(self, stage: int, microbatch: int = 0) -> int:
-        """The worker that runs `stage` for a microbatch: of several, they take turns."""
+        """The worker that runs `stage` for a microbatch: of several, they take turns.
+
+        In every cycle the first one begins.
+        """
         holders = self.holders[stage]
         if not holders:
             raise ScheduleError(f"no worker runs stage {stage}.")
-        return holders[microbatch % len(holders)]
+        return holders[microbatch % self.cycle % len(holders)]
+
+    @cached_property
+    def per_update(self) -> tuple[int, ...]:
+        """For each stage how many microbatches one update applies."""
+        return tuple(self.columns.per_update(self.cycle).tolist())
 
     def stages_of(self, worker: int) -> tuple[int, ...]:
         """The stages that a worker runs, in ascending order."""

@@ -105,7 +105,7 @@ class Check:
                     action,
                 )
             holders = np.array(self.schedule.holders[stage])
-            due = holders[c.microbatch[mine] % replicas[stage]]
+            due = holders[c.microbatch[mine] % self.schedule.cycle % replicas[stage]]
             wrong = np.flatnonzero(due != c.worker[mine])
             if wrong.size:
                 action = self._action(mine[wrong[0]])

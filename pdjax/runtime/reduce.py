@@ -1,0 +1,132 @@
+"""Sums over the replicas of a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+
+from pdjax.runtime.placed import Values, placed
+from pdjax.runtime.state import StageState
+
+_AXIS = "replica"
+
+
+class AllReduce:
+    """Sums arrays over the devices of a stage's replicas; each of them gets all of the sum.
+
+    It is a program of its own, so that nobody who waits for a cotangent waits for the network.
+
+    Args:
+        placements: where the replicas are, one device each.
+        shapes: of the arrays.
+    """
+
+    def __init__(
+        self, placements: Sequence[Sharding], shapes: Sequence[jax.ShapeDtypeStruct]
+    ) -> None:
+        self._devices = [next(iter(placement.device_set)) for placement in placements]
+        self._shapes = tuple(shapes)
+        mesh = Mesh(np.array(self._devices), (_AXIS,))
+        self._sharding = NamedSharding(mesh, PartitionSpec(_AXIS))
+        self._run = jax.jit(
+            jax.shard_map(
+                lambda arrays: jax.lax.psum(arrays, _AXIS),
+                mesh=mesh,
+                in_specs=PartitionSpec(_AXIS),
+                out_specs=PartitionSpec(_AXIS),
+                check_vma=False,
+            )
+        )
+        # An array is one shard of a longer one; what has no axis gets one for the way.
+        self._with_axis = [
+            placed(lambda arrays: tuple(map(jnp.atleast_1d, arrays)), p) for p in placements
+        ]
+        self._without = [placed(lambda a: tuple(x[0] for x in a), p) for p in placements]
+        self._zeros = [
+            placed(lambda: tuple(jnp.zeros(s.shape, s.dtype) for s in self._shapes), p)
+            for p in placements
+        ]
+        self._scalars = [at for at, shape in enumerate(self._shapes) if not shape.shape]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the arrays on one replica."""
+        return sum(s.size * s.dtype.itemsize for s in self._shapes)
+
+    def __call__(self, parts: Sequence[Values | None]) -> list[Values]:
+        """The sum on each replica.
+
+        Args:
+            parts: the arrays of each replica, where it is; None for one that has none.
+        """
+        given = [
+            self._lengthened(at, self._zeros[at]() if part is None else part)
+            for at, part in enumerate(parts)
+        ]
+        whole = tuple(self._joined(column) for column in zip(*given, strict=True))
+        sums = self._run(whole)
+        found = [[] for _ in parts]
+        for array in sums:
+            by_device = {shard.device: shard.data for shard in array.addressable_shards}
+            for at, device in enumerate(self._devices):
+                found[at].append(by_device[device])
+        return [self._shortened(at, tuple(values)) for at, values in enumerate(found)]
+
+    def _lengthened(self, replica: int, values: Values) -> list[Any]:
+        lengthened = list(values)
+        if self._scalars:
+            short = tuple(values[at] for at in self._scalars)
+            for at, value in zip(self._scalars, self._with_axis[replica](short), strict=True):
+                lengthened[at] = value
+        return lengthened
+
+    def _shortened(self, replica: int, values: Values) -> Values:
+        if not self._scalars:
+            return values
+        shortened = list(values)
+        long = tuple(values[at] for at in self._scalars)
+        for at, value in zip(self._scalars, self._without[replica](long), strict=True):
+            shortened[at] = value
+        return tuple(shortened)
+
+    def _joined(self, shards: Sequence[jax.Array]) -> jax.Array:
+        shape = shards[0].shape
+        length = shape[0] * len(shards)
+        return jax.make_array_from_single_device_arrays(
+            (length, *shape[1:]), self._sharding, list(shards)
+        )
+
+
+class MeanOfState:
+    """Averages the mutable state of a stage's replicas, at every update.
+
+    Real leaves are averaged; of others every replica keeps its own.
+
+    Args:
+        placements: where the replicas are.
+        shapes: of the leaves that the stage updates, by index.
+    """
+
+    def __init__(
+        self, placements: Sequence[Sharding], shapes: dict[int, jax.ShapeDtypeStruct]
+    ) -> None:
+        self._indices = [i for i, s in shapes.items() if jnp.issubdtype(s.dtype, jnp.inexact)]
+        self._sum = AllReduce(placements, [shapes[i] for i in self._indices])
+        count = len(placements)
+        self._divide = [
+            placed(lambda sums: tuple(x / count for x in sums), placement)
+            for placement in placements
+        ]
+
+    def __call__(self, states: Sequence[StageState]) -> None:
+        """Replaces the leaves of all replicas by their mean."""
+        if not self._indices:
+            return
+        parts = [tuple(state.model[i] for i in self._indices) for state in states]
+        for state, divide, sums in zip(states, self._divide, self._sum(parts), strict=True):
+            state.model.update(zip(self._indices, divide(sums), strict=True))
