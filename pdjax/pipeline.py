@@ -174,8 +174,9 @@ class Pipeline:
         remat: what the backward passes recompute: ``"none"``, ``"full"`` or a `jax.checkpoint`
             policy; for all stages, or a sequence with one for each. If not given, as the plan says:
             nothing, but where memory would not suffice.
-        weight_rule: which version of the weights the passes read; that of the algorithm if not
-            given.
+        weight_rule: which version of the weights the passes read; if not given, that of the
+            algorithm, also of a `Schedule` that has its name; of others `LATEST` if they are
+            flushed, else `STASH`.
         state_update: whether the mutable state changes with every ``"microbatch"``, in order, or
             once a ``"minibatch"``, by the mean of what its microbatches make of it (as GPipe
             keeps the moving averages of BatchNorm).

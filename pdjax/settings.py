@@ -14,7 +14,7 @@ from pdjax.batches import default_num_microbatches
 from pdjax.differentiate import Remat
 from pdjax.planner import Plan
 from pdjax.profile import Profile
-from pdjax.schedules import Schedule, find_algorithm, validate
+from pdjax.schedules import ALGORITHMS, Schedule, find_algorithm, validate
 from pdjax.topology import Topology
 from pdjax.weights import LATEST, STASH, WeightRule
 
@@ -102,6 +102,9 @@ def make_schedule(settings: Settings) -> tuple[Schedule, WeightRule]:
         made = algorithm.make(settings.num_stages, count, settings.num_chunks, replicas)
         schedule = replace(made, name=schedule)
     else:
-        rule = settings.weight_rule or (LATEST if schedule.flushes else STASH)
+        usual = LATEST if schedule.flushes else STASH
+        if schedule.name in ALGORITHMS:
+            usual = ALGORITHMS[schedule.name].weight_rule
+        rule = settings.weight_rule or usual
     validate(schedule, rule)
     return schedule, rule

@@ -1,7 +1,7 @@
 """What happened when: the spans of every worker, as a value.
 
-Simulated (`pdjax.simulate`) or measured by the executor (`Pipeline.record`): the same type, so that
-one can be laid over the other. Nothing here imports JAX.
+Simulated (`pdjax.simulator`) or measured by the executor (`Pipeline.record`): the same type, so
+that one can be laid over the other. Nothing here imports JAX.
 """
 
 from __future__ import annotations

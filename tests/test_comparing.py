@@ -113,7 +113,7 @@ def test_all_schedules_side_by_side():
         "one_f_one_b": (8 + 3) * 6,
         "interleaved": 8 * 6 + 3 * 3,
         "zero_bubble_h1": 8 * 6 + 3 * 2,
-        "zero_bubble_v": 8 * 6 + 3,
+        "zero_bubble_v": 8 * 6,  # its minibatches overlap
         "pipedream": 8 * 6,  # one microbatch eight times as large
         "pipedream_vertical_sync": 8 * 6,
         "pipedream_2bw": 8 * 6,
@@ -203,7 +203,9 @@ def test_the_fastest_that_fits_is_chosen():
     plan = make_plan(profile)
     outcomes = compare(plan, profile).outcomes
     assert choose(outcomes).name == "zero_bubble_v"
-    assert choose(outcomes, allow_stale=True).name.startswith("pipedream")
+    assert choose(outcomes, allow_stale=True).name == "zero_bubble_v"  # as fast, and not stale
+    others = [outcome for outcome in outcomes if outcome.name != "zero_bubble_v"]
+    assert choose(others, allow_stale=True).name == "pipedream_2bw"
     small = Topology.parse("4@1GB/s:24kB")
     outcomes = compare(plan, profile, small).outcomes
     assert {o.name for o in outcomes if o.fits} == {
@@ -273,10 +275,13 @@ def test_timelines_of_candidates():
         timeline = candidate.timeline(comparison.topology)
         assert timeline.title == candidate.name
         if not outcome.staleness:
-            assert timeline.makespan_s == outcome.minibatch_s
-            assert timeline.bubble_share == pytest.approx(outcome.bubble_share, rel=1e-12)
+            # under ZB-V some workers begin the next minibatch while others end this one
+            overlaps = candidate.name == "zero_bubble_v"
+            assert overlaps == (outcome.minibatch_s < 0.99 * timeline.makespan_s)
+            if not overlaps:
+                assert timeline.makespan_s == pytest.approx(outcome.minibatch_s, rel=1e-12)
+                assert timeline.bubble_share == pytest.approx(outcome.bubble_share, rel=1e-9)
             assert sum(timeline.link_bytes.values()) == outcome.sent_bytes
     costs = comparison.candidates[2].costs
-    assert simulate(one_f_one_b(4, 8), costs, comparison.topology).makespan_s == (
-        comparison.outcomes[2].minibatch_s
-    )
+    makespan_s = simulate(one_f_one_b(4, 8), costs, comparison.topology).makespan_s
+    assert makespan_s == pytest.approx(comparison.outcomes[2].minibatch_s, rel=1e-12)

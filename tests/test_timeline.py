@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from pdjax.rows import Rows
 from pdjax.timeline import Span, Timeline
 
 
@@ -39,3 +41,18 @@ def test_empty():
 def test_a_span_that_ends_before_it_starts():
     with pytest.raises(ValueError, match="before it starts"):
         Timeline("late", 1, (Span(0, "F", 0, 0, 2.0, 1.0),))
+
+
+def test_rows_are_the_tuple_of_their_entries():
+    spans = (Span(0, "F", 0, 0, 1.0, 2.0), Span(1, "B", 1, 0, 2.0, 4.5))
+    columns = {name: np.array([getattr(s, name) for s in spans]) for name in Span._fields}
+    rows = Rows(Span, columns)
+    assert rows == spans == tuple(rows)
+    assert rows == Rows(Span, columns)
+    assert rows != spans[:1]
+    assert (len(rows), rows[1], rows[:1], repr(rows)) == (2, spans[1], spans[:1], repr(spans))
+    assert hash(rows) == hash(spans)
+    lazy, eager = Timeline("one", 2, rows), Timeline("one", 2, spans)
+    assert lazy == eager
+    assert (lazy.makespan_s, lazy.busy_s(1), str(lazy)) == (4.5, 2.5, str(eager))
+    assert type(rows[0].worker) is int

@@ -125,8 +125,8 @@ class Case:
     def further_s(self, topology: Topology | None = None) -> float:
         """Seconds for as many microbatches more, once under way.
 
-        What `pdjax.simulator.steady_s` says, but that the minibatches of a schedule that is flushed
-        may overlap, as those of `zero_bubble_v` do: some workers begin the next one early.
+        The minibatches of a schedule that is flushed may overlap, as those of `zero_bubble_v` do:
+        some workers begin the next one early.
         """
         first_s, last_s = (self.timeline(times, topology).makespan_s for times in (4, 16))
         return (last_s - first_s) / 12

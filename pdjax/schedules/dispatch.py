@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from heapq import heappop, heappush
 
 import numpy as np
@@ -22,56 +23,120 @@ def dispatch_order(schedule: Schedule) -> tuple[Action, ...]:
     Raises:
         ScheduleError: if an action needs a result of a later cycle, or actions wait in a circle.
     """
-    columns, actions = schedule.columns, schedule.actions
-    needs = needs_in_cycle(columns, schedule.cycle)
-    order = _in_rounds(columns, needs)
-    if len(order) < len(actions):
-        done = np.zeros(len(actions) + 2, bool)
-        done[order] = done[_EARLIER] = True
-        heads = columns.starts[:-1] + np.bincount(
-            columns.worker[order], minlength=columns.num_workers
-        )
-        heads = heads[heads < columns.starts[1:]]
-        first, second = needs[:, heads]
-        missing = np.where(done[first], second, first)
-        raise _stuck(schedule, dict(zip(heads.tolist(), missing.tolist(), strict=True)))
-    return tuple(map(actions.__getitem__, order))
+    waits = _Waits.of(schedule)
+    order = waits.in_rounds()
+    waits.check_done(schedule)
+    return tuple(map(schedule.actions.__getitem__, order))
 
 
-def _in_rounds(columns: Columns, needs: np.ndarray) -> list[int]:
-    """Actions in rounds: in each one, the workers in turn do their next action if they can.
+def check_order(schedule: Schedule) -> None:
+    """Raises what `dispatch_order` would raise; in half the time, as it makes no order."""
+    waits = _Waits.of(schedule)
+    waits.in_any_order()
+    waits.check_done(schedule)
 
-    Of a round only those workers are visited that can. Returns fewer actions if the others never
-    can.
+
+@dataclass(eq=False)
+class _Waits:
+    """How far workers have got with the actions of a cycle, and what the others wait for.
+
+    Lists of Python's numbers, as single entries are read and written all the time.
+
+    Attributes:
+        needs: for each action the positions of the two others whose results it needs.
+        worker: for each action its worker.
+        missing: for each action how many of these are not there yet; those that come earlier in
+            its worker's own list are not counted.
+        first: for each action where, among `asking`, those begin that wait for it.
+        asking: the actions that wait for others.
+        heads: for each worker its next action.
+        stops: for each worker where its actions stop.
     """
-    at, last = np.indices(needs.shape)[1], len(columns)
-    # what comes earlier in the worker's own list need not be waited for
-    own = (columns.worker[needs] == columns.worker) & (needs >= 0) & (needs < at)
-    waits = (needs != _EARLIER) & ~own
-    missing = waits.sum(axis=0).tolist()
-    asked, asking = needs[waits & (needs >= 0)], at[waits & (needs >= 0)]
-    by_asked = np.argsort(asked, kind="stable")
-    asking = asking[by_asked].tolist()
-    first = np.searchsorted(asked[by_asked], np.arange(last + 1)).tolist()
-    worker, count = columns.worker.tolist(), columns.num_workers
-    heads, stops = columns.starts[:-1].tolist(), columns.starts[1:].tolist()
-    # round times the number of workers, plus the worker
-    turns = [n for n in range(count) if heads[n] < stops[n] and not missing[heads[n]]]
-    order = []
-    while turns:
-        turn = heappop(turns)
-        number = turn % count
-        head = heads[number]
-        order.append(head)
-        heads[number] = head + 1
-        if head + 1 < stops[number] and not missing[head + 1]:
-            heappush(turns, turn + count)
-        for waiting in asking[first[head] : first[head + 1]]:
-            missing[waiting] -= 1
-            other = worker[waiting]
-            if not missing[waiting] and heads[other] == waiting and other != number:
-                heappush(turns, turn - number + other + (count if other < number else 0))
-    return order
+
+    needs: np.ndarray
+    worker: list[int]
+    missing: list[int]
+    first: list[int]
+    asking: list[int]
+    heads: list[int]
+    stops: list[int]
+
+    @classmethod
+    def of(cls, schedule: Schedule) -> _Waits:
+        columns = schedule.columns
+        needs = needs_in_cycle(columns, schedule.cycle)
+        at = np.indices(needs.shape)[1]
+        own = (columns.worker[needs] == columns.worker) & (needs >= 0) & (needs < at)
+        waits = (needs != _EARLIER) & ~own
+        asked, asking = needs[waits & (needs >= 0)], at[waits & (needs >= 0)]
+        by_asked = np.argsort(asked, kind="stable")
+        first = np.searchsorted(asked[by_asked], np.arange(len(columns) + 1))
+        return cls(
+            needs,
+            columns.worker.tolist(),
+            waits.sum(axis=0).tolist(),
+            first.tolist(),
+            asking[by_asked].tolist(),
+            columns.starts[:-1].tolist(),
+            columns.starts[1:].tolist(),
+        )
+
+    def ready(self) -> list[int]:
+        """The workers that can do their next action."""
+        ahead = enumerate(zip(self.heads, self.stops, strict=True))
+        return [n for n, (head, stop) in ahead if head < stop and not self.missing[head]]
+
+    def in_any_order(self) -> None:
+        """Does all actions that can be done."""
+        heads, stops, missing, worker = self.heads, self.stops, self.missing, self.worker
+        turns = self.ready()
+        while turns:
+            number = turns.pop()
+            head, stop = heads[number], stops[number]
+            while head < stop and not missing[head]:
+                for waiting in self.asking[self.first[head] : self.first[head + 1]]:
+                    missing[waiting] -= 1
+                    if not missing[waiting] and heads[worker[waiting]] == waiting:
+                        turns.append(worker[waiting])
+                head += 1
+            heads[number] = head
+
+    def in_rounds(self) -> list[int]:
+        """Does all actions that can be done, in rounds; returns them in that order.
+
+        In each round the workers in turn do their next action if they can. Only those are visited.
+        """
+        heads, stops, missing, worker = self.heads, self.stops, self.missing, self.worker
+        count = len(heads)
+        turns = self.ready()  # the round times the number of workers, plus the worker
+        order = []
+        while turns:
+            turn = heappop(turns)
+            number = turn % count
+            head = heads[number]
+            order.append(head)
+            heads[number] = head + 1
+            if head + 1 < stops[number] and not missing[head + 1]:
+                heappush(turns, turn + count)
+            for waiting in self.asking[self.first[head] : self.first[head + 1]]:
+                missing[waiting] -= 1
+                other = worker[waiting]
+                if not missing[waiting] and heads[other] == waiting and other != number:
+                    heappush(turns, turn - number + other + (count if other < number else 0))
+        return order
+
+    def check_done(self, schedule: Schedule) -> None:
+        """Raises ScheduleError if a worker has actions left."""
+        ahead = zip(self.heads, self.stops, strict=True)
+        heads = [head for head, stop in ahead if head < stop]
+        if heads:
+            done = np.ones(len(self.worker) + 2, bool)
+            for head, stop in zip(self.heads, self.stops, strict=True):
+                done[head:stop] = False
+            done[_NEVER] = False
+            first, second = self.needs[:, heads]
+            missing = np.where(done[first], second, first)
+            raise _stuck(schedule, dict(zip(heads, missing.tolist(), strict=True)))
 
 
 def needs_in_cycle(columns: Columns, cycle: int) -> np.ndarray:

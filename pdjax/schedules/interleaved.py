@@ -17,9 +17,9 @@ def interleaved(num_stages: int, num_microbatches: int, *, num_chunks: int = 2) 
         worker 0: 0F0 0F1 0F2 2F0 2F1 2F2 2B0     2B1     2B2 0B0 0B1 0B2 0U2 2U2
         worker 1:     1F0 1F1 1F2 3F0 3B0 3F1 3B1 3F2 3B2 1B0 1B1 1B2 1U2 3U2
 
-    Synchronous: use it with the weight rule `LATEST`. With equal stages, and microbatches that are
-    a multiple of n, the bubble is 1 / v of that of 1F1B; for that more is sent, and more
-    microbatches are in flight.
+    Synchronous: use it with the weight rule `LATEST`. With equal stages, and at least n
+    microbatches, the bubble is 1 / v of that of 1F1B; for that more is sent, and more microbatches
+    are in flight.
 
     Departs from the paper in that the number of microbatches need not be a multiple of n: they
     are divided into groups of at least n that differ by at most one.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pdjax.schedules.columns import KINDS, B, F, I, U, W
-from pdjax.schedules.dispatch import dispatch_order
+from pdjax.schedules.dispatch import check_order
 from pdjax.schedules.schedule import Action, ActionKind, Schedule, ScheduleError
 from pdjax.schedules.text import failure
 from pdjax.schedules.versions import delay_of, versions_read
@@ -53,7 +53,7 @@ class Check:
         self._places()
         self._order()
         self._updates()
-        dispatch_order(self.schedule)
+        check_order(self.schedule)
         self._versions()
 
     # -------- one check each

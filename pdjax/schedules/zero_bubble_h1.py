@@ -7,7 +7,7 @@ from pdjax.schedules.schedule import Action, Schedule
 def zero_bubble_h1(num_stages: int, num_microbatches: int) -> Schedule:
     """1F1B with the weight part of backward passes put off, to where a worker would wait.
 
-    ZB-H1 (arXiv 2401.10241, section 3.1). Only the input part I of a backward pass is what the
+    ZB-H1 (arXiv 2401.10241, section 2.1). Only the input part I of a backward pass is what the
     stage before waits for. Stage s puts off the weight part W by s microbatches, and does what is
     left of them while it waits for the last I. With 3 stages and 4 microbatches::
 

@@ -10,7 +10,7 @@ from pdjax.schedules.schedule import Action, Schedule
 def zero_bubble_v(num_stages: int, num_microbatches: int, *, num_chunks: int = 2) -> Schedule:
     """Worker w runs the stages w and 2n - 1 - w, so that the last stage is beside the first.
 
-    ZB-V (arXiv 2401.10241, section 5). The backward pass of a microbatch starts on the worker where
+    ZB-V (arXiv 2401.10241). The backward pass of a microbatch starts on the worker where
     its forward pass began, and every worker has the same number of microbatches in flight. With 4
     stages on 2 workers and 2 microbatches::
 

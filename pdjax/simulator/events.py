@@ -79,7 +79,6 @@ class _Run:
     """
 
     def __init__(self, tasks: Tasks) -> None:
-        self.num_lanes = tasks.num_lanes
         lanes, counts = np.arange(tasks.num_lanes + 1), np.arange(len(tasks.lane) + 1)
         bounds = np.searchsorted(tasks.lane, lanes).tolist()
         self.at, self.stops = bounds[:-1], bounds[1:]  # of each lane, its next task and its end

@@ -29,8 +29,9 @@ def steady_s(
 ) -> float:
     """Seconds for each minibatch, once a schedule is under way.
 
-    Of one that is flushed, those of a minibatch from its first action to its last. Of another, the
-    time from one update of its first stage to the next, on average over a period if they repeat:
+    Of one that is flushed, the time from the end of a minibatch to the end of the next: some
+    workers may begin it while others are still busy. Of another, the time from one update of its
+    first stage to the next, on average over a period if they repeat:
     the pipeline fills for at least four times as many microbatches as there are workers, and is
     looked at for as long again.
 
@@ -45,8 +46,12 @@ def steady_s(
         ScheduleError: if an action waits for ever.
     """
     if schedule.flushes:
-        laid_out = LaidOut(schedule, schedule.unrolled(1), costs, topology, workers)
-        return float(laid_out.times().end_s.max(initial=0.0))
+        columns = schedule.unrolled(3)
+        times = LaidOut(schedule, columns, costs, topology, workers).times()
+        ends_s = times.end_s[: len(columns)]  # all-reduces come after the actions
+        minibatch = columns.microbatch // schedule.num_microbatches
+        last = [ends_s[minibatch == number].max(initial=0.0) for number in (1, 2)]
+        return float(last[1] - last[0])
     cycles = schedule.lag + -(-4 * len(schedule.workers) // schedule.cycle)
     columns = schedule.unrolled((2 * cycles + schedule.lag + 1) * schedule.num_minibatches)
     times = LaidOut(schedule, columns, costs, topology, workers).times()
