@@ -67,11 +67,6 @@ def read_plan(
         plan = Plan.load(plan)
     if not isinstance(plan, Plan):
         return _read_names(plan)
-    if max(plan.replicas) > 1:
-        raise ValueError(
-            f"the plan replicates stages ({plan.notation}), and replicas cannot be run yet. Plan "
-            "a straight pipeline: PlanOptions(straight=True), or --straight on the command line."
-        )
     return plan
 
 
@@ -227,6 +222,8 @@ def choose_placements(
         workers = len(schedule.workers)
     else:
         workers = num_workers_of(schedule, count, num_chunks)
+    if isinstance(plan, Plan) and max(plan.replicas) > 1:
+        workers = sum(plan.replicas)
     if not 1 <= workers <= len(available):
         fewer = len(available) * num_chunks
         stages = f"{count} stages" + (f", {num_chunks} on each device," if num_chunks > 1 else "")

@@ -18,7 +18,7 @@ from pdjax.errors import PdjaxWarning
 from pdjax.graph import LayerGraph, model_fingerprint
 from pdjax.planner import Plan, PlanOptions, balanced_plan, manual_plan
 from pdjax.profiler import check_profile
-from pdjax.schedules import ALGORITHMS, Schedule
+from pdjax.schedules import ALGORITHMS, Schedule, find_algorithm
 from pdjax.settings import Settings
 
 
@@ -48,7 +48,7 @@ def make_plan(
         schedule=_planned_as(settings),
         num_microbatches=count,
         num_stages=settings.num_stages,
-        straight=True,
+        straight=settings.straight or not _replicates(settings),
         remat=_planned_remat(settings.remat),
         optimizer_bytes_per_param_byte=optimizer_ratio(settings.optimizer, params),
     )
@@ -70,6 +70,11 @@ def _equal_chunks(settings: Settings, graph: LayerGraph, batch_size: int, microb
         settings.num_stages,
         inseparable_by_state(graph),
     )
+
+
+def _replicates(settings: Settings) -> bool:
+    """Whether stages may be replicated under a schedule that is known by its name."""
+    return isinstance(settings.schedule, str) and find_algorithm(settings.schedule).replicates
 
 
 def check_plan(plan: Plan, graph: LayerGraph) -> None:

@@ -127,7 +127,7 @@ class PlanConfig:
     """Exactly how many stages; by default as many as are best."""
 
     straight: bool = False
-    """Whether to replicate nothing. 'python -m pdjax.train' can run only such plans yet."""
+    """Whether to replicate nothing."""
 
     remat: Literal["auto", "none", "full"] = "auto"
     """auto: stages may recompute their forward passes where memory is short; none, full: none or

@@ -147,12 +147,16 @@ class Pipeline:
         num_stages: number of stages; if not given, what the plan says.
         num_chunks: stages on each device under ``"interleaved"``; if not given, 2, as under
             ``"zero_bubble_v"``.
+        straight: whether ``plan="auto"`` gives every stage one device. If not, it may replicate
+            stages, under ``"one_f_one_b"`` and the schedules of PipeDream: microbatches go to the
+            replicas in turns, and their gradients are averaged. Under an asynchronous schedule
+            one update is then made for as many minibatches as a stage has replicas.
         num_microbatches: how many microbatches a minibatch is divided into; if not given, 1 for
             ``"pipedream"``, else as many as divide it evenly, up to four for each device.
         devices: where the stages are placed, one each, as devices or shardings; `jax.devices()`
             if not given.
         plan: where the model is cut. ``"auto"``, what is done if it is not given: the layers are
-            measured on the first device, and the planner finds the fastest straight pipeline that
+            measured on the first device, and the planner finds the fastest pipeline that
             fits; if `num_stages` is not given, it may use fewer devices than there are. Where
             devices run several stages each, these are made equally long. What was
             measured is kept beside JAX's compilation cache, if there is one.
@@ -198,6 +202,7 @@ class Pipeline:
         schedule: str | Schedule | PathLike[str] = "one_f_one_b",
         num_stages: int | None = None,
         num_chunks: int | None = None,
+        straight: bool = True,
         num_microbatches: int | None = None,
         devices: Sequence[Any] | None = None,
         plan: Plan | str | PathLike[str] | Sequence[str] | None = None,
@@ -230,6 +235,7 @@ class Pipeline:
             placements=placements,
             num_stages=count,
             num_chunks=num_chunks,
+            straight=straight,
             num_microbatches=choose_num_microbatches(schedule, num_microbatches),
             plan=chosen,
             topology=machines,

@@ -27,6 +27,7 @@ class Settings:
         placements: where workers may be placed.
         num_stages: how many there are; None if the plan is to say.
         num_chunks: stages on each worker; None for what is usual under the schedule.
+        straight: whether an automatic plan must not replicate stages.
     """
 
     loss_fn: Callable[..., Any]
@@ -36,6 +37,7 @@ class Settings:
     placements: tuple[Sharding, ...]
     num_stages: int | None
     num_chunks: int | None
+    straight: bool
     num_microbatches: int | None
     plan: Plan | tuple[str, ...] | Literal["auto", "balanced"]
     topology: Topology | None

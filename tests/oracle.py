@@ -76,27 +76,42 @@ def replay_asynchronous(
     *,
     rule: str = "stash",
     num_microbatches: int = 1,
+    replicas: Sequence[int] | None = None,
+    warm_ups: Sequence[int] | None = None,
 ) -> tuple[Any, list[Any], Any]:
     """PipeDream and its kin: (parameters, losses, state).
 
-    Minibatch b, counted from the last drain, uses on stage s the version u + max(0, b - delay), u
-    the updates at that drain. The delay is num_stages - 1 - s under weight stashing, num_stages - 1
-    on all stages under vertical sync, 1 under double buffering. The mean gradient of every
-    minibatch is applied to the newest version, in order. A drain comes before each minibatch in
-    `drains`.
+    Minibatch b, counted from the last drain, uses on stage s version u + max(0, b // r - delay), u
+    the updates at that drain, r the stage's replicas. The delay is the warm-up W of the stage
+    under weight stashing, that of stage 0 on all stages under vertical sync, 1 under double
+    buffering. The mean gradient of a round of r minibatches is applied to the newest version. A
+    drain, before each minibatch in `drains` and at the end, applies what there is of a round.
     """
     grad = _value_and_grad(loss_fn, model_state)
-    versions, state, losses, start = [params], optimizer.init(params), [], 0
+    turns = tuple(replicas or [1] * num_stages)
+    ahead = tuple(warm_ups or range(num_stages - 1, -1, -1))
+    delays = {"stash": ahead, "vertical_sync": ahead[:1] * num_stages}
+    delay = delays.get(rule, (1,) * num_stages)
+    versions = [[params] for _ in turns]  # of each stage; only its own leaves count
+    states, pending = [optimizer.init(params) for _ in turns], [[] for _ in turns]
+    base, start, losses = [0] * num_stages, 0, []
+
+    def update(stage: int) -> None:
+        if pending[stage]:
+            mean = jax.tree.map(lambda *g: sum(g) / len(g), *pending[stage])
+            newest = versions[stage][-1]
+            updates, states[stage] = optimizer.update(mean, states[stage], newest)
+            versions[stage].append(optax.apply_updates(newest, updates))
+            pending[stage].clear()
+
     for index, batch in enumerate(batches):
         if index in drains:
-            start = index
-
-        def used(stage: int, *leaves: Any, since: int = start, now: int = index) -> Any:
-            warm_up = num_stages - 1 - stage
-            delay = {"stash": warm_up, "vertical_sync": num_stages - 1, "double_buffer": 1}[rule]
-            return leaves[since + max(0, now - since - delay)]
-
-        mixed = jax.tree.map(used, stage_of, *versions)
+            for stage in range(num_stages):
+                update(stage)
+            start, base = index, [len(each) - 1 for each in versions]
+        age = [max(0, (index - start) // r - d) for r, d in zip(turns, delay, strict=True)]
+        used = [each[u + a] for each, u, a in zip(versions, base, age, strict=True)]
+        mixed = jax.tree.map(lambda stage, *leaves: leaves[stage], stage_of, *used)
         parts = []
         for at in range(num_microbatches):
             part = microbatch(batch, at, num_microbatches)
@@ -104,7 +119,12 @@ def replay_asynchronous(
             (loss, model_state), gradient = grad(mixed, model_state, part, mine)
             parts.append((loss, gradient))
         loss, mean = jax.tree.map(lambda *leaves: sum(leaves) / num_microbatches, *parts)
-        updates, state = optimizer.update(mean, state, versions[-1])
-        versions.append(optax.apply_updates(versions[-1], updates))
         losses.append(loss)
-    return versions[-1], losses, model_state
+        for stage in range(num_stages):
+            pending[stage].append(mean)
+            if len(pending[stage]) == turns[stage]:
+                update(stage)
+    for stage in range(num_stages):
+        update(stage)
+    newest = [each[-1] for each in versions]
+    return jax.tree.map(lambda s, *leaves: leaves[s], stage_of, *newest), losses, model_state

@@ -234,13 +234,6 @@ def test_arguments_that_make_no_sense(options, message):
         make_pipe(**options)
 
 
-def test_replicas_are_refused_with_the_remedy():
-    plan = plan_pipeline(make_profile(), pdjax.Topology.parse("4@100TB/s"))
-    assert max(plan.replicas) > 1
-    with pytest.raises(ValueError, match=r"replicas cannot be run yet.*straight=True"):
-        make_pipe(plan=plan)
-
-
 def test_machines_and_profiles_that_do_not_go_with_the_model(measured, cache):
     with pytest.raises(ValueError, match="has 8 workers, but there are 4 devices"):
         make_pipe(topology="8@1GB/s").init(CASE.params, BATCH)

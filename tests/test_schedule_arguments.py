@@ -120,10 +120,6 @@ def test_schedules_that_there_are_not(options, message):
     ("options", "message"),
     [
         (
-            {"schedule": schedules.one_f_one_b(2, 2, replicas=(2, 1))},
-            r"has replicas \(\(2, 1\) of the stages\), and replicas cannot be run yet",
-        ),
-        (
             {"schedule": "pipedream", "num_stages": 3, "weight_rule": DOUBLE_BUFFER},
             "before an update makes it",
         ),

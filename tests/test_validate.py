@@ -122,6 +122,12 @@ def test_divided_backward_passes_that_cannot_be_run(change, message):
         validate(broken(change, "zero_bubble_h1"), LATEST)
 
 
+def test_a_grid_that_cannot_be_run_reads_back():
+    stuck = broken(_circle)
+    assert "|" in str(stuck)
+    assert Schedule.parse(str(stuck)) == stuck
+
+
 def test_an_update_for_every_microbatch_is_refused():
     actions = [Action(kind, 0, k) for k in range(2) for kind in ("F", "B", "U")]
     with pytest.raises(ScheduleError, match="0U0 comes before its gradient, that of 0B1"):

@@ -74,7 +74,7 @@ def from_text(text: str) -> Schedule:
 
 
 def _read_row(text: str, line: int) -> Iterator[Action]:
-    for word in text.split():
+    for word in text.replace("|", " ").split():  # the bar before what waits for ever
         try:
             yield read_action(word)
         except ScheduleError as error:

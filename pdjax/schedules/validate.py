@@ -13,6 +13,7 @@ import numpy as np
 
 from pdjax.schedules.columns import KINDS, B, F, I, U, W
 from pdjax.schedules.dispatch import check_order
+from pdjax.schedules.phases import dispatch_phases
 from pdjax.schedules.schedule import Action, ActionKind, Schedule, ScheduleError
 from pdjax.schedules.text import failure
 from pdjax.schedules.versions import delay_of, versions_read
@@ -54,6 +55,8 @@ class Check:
         self._order()
         self._updates()
         check_order(self.schedule)
+        if max(self.schedule.replicas) > 1:
+            dispatch_phases(self.schedule)
         self._versions()
 
     # -------- one check each

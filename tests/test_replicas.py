@@ -1,0 +1,288 @@
+"""Replicated stages compute what one device computes, round by round."""
+
+from __future__ import annotations
+
+import functools
+import random
+import time
+from dataclasses import replace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+import zoo
+
+import pdjax
+from pdjax import schedules
+from pdjax.profile import LayerProfile
+
+KEY = jax.random.key(5)
+OPTIMIZER = optax.adam(1e-2, eps=1e-3)
+
+
+def replications(num_workers: int) -> list[tuple[int, ...]]:
+    """All ways to share out workers among stages."""
+    return [
+        (first, *rest)
+        for first in range(1, num_workers + 1)
+        for rest in (replications(num_workers - first) if first < num_workers else [()])
+    ]
+
+
+PATTERNS = [p for count in range(2, 5) for p in replications(count) if max(p) > 1]
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+    with jax.enable_x64(True):
+        yield
+
+
+@functools.cache
+def case() -> zoo.Case:
+    return zoo.dense_blocks(num_blocks=4, dropout=0.2).double()
+
+
+def train(schedule, batches, drains=(), **options):
+    """Trains, with drains before some minibatches and at the end."""
+    pipe = pdjax.Pipeline(case().loss_fn, OPTIMIZER, schedule=schedule, **options)
+    state = pipe.init(case().params, batches[0], rng=KEY)
+    losses = []
+    for index, batch in enumerate(batches):
+        if index in drains:
+            state = pipe.drain(state)
+        state, metrics = pipe.step(state, batch)
+        losses.append(metrics["loss"])
+    return pipe, pipe.drain(state), losses
+
+
+@pytest.mark.parametrize("slack", [0, 1])
+@pytest.mark.parametrize("replicas", PATTERNS, ids=str)
+def test_pipedream_equals_the_oracle_with_rounds(replicas, slack):
+    """13 minibatches with drains before 5 and 7: numbers that divide nothing."""
+    schedule = schedules.pipedream(len(replicas), replicas=replicas, slack=slack)
+    batches = [case().make_batch(2, seed) for seed in range(13)]
+    pipe, state, losses = train(schedule, batches, drains=(5, 7))
+    params, expected, _ = oracle.replay_asynchronous(
+        case().loss_fn,
+        OPTIMIZER,
+        case().params,
+        batches,
+        pipe.stage_of_parameters(),
+        len(replicas),
+        KEY,
+        (5, 7),
+        replicas=replicas,
+        warm_ups=schedules.warm_ups(replicas, slack),
+    )
+    chex.assert_trees_all_close(losses, expected, rtol=1e-10)
+    chex.assert_trees_all_close(pipe.params(state), params, atol=1e-11, rtol=1e-10)
+    for held in state.run.stages:
+        assert not held.stash
+        assert not held.inbox
+        assert not held.returned
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 3, 4])
+@pytest.mark.parametrize("replicas", PATTERNS, ids=str)
+def test_synchronous_schedules_equal_one_device(replicas, num_microbatches):
+    schedule = schedules.one_f_one_b(len(replicas), num_microbatches, replicas=replicas)
+    batches = [case().make_batch(2 * num_microbatches, seed) for seed in range(3)]
+    pipe, state, losses = train(schedule, batches)
+    params, expected, _ = oracle.replay_synchronous(
+        case().loss_fn, OPTIMIZER, case().params, batches, num_microbatches, KEY
+    )
+    chex.assert_trees_all_close(losses, expected, rtol=1e-10)
+    chex.assert_trees_all_close(pipe.params(state), params, atol=1e-11, rtol=1e-10)
+
+
+@pytest.mark.parametrize("replicas", [(2, 1), (1, 3), (2, 2), (3, 1), (4,)], ids=str)
+def test_replicas_hold_the_same_weights(replicas):
+    schedule = schedules.pipedream(len(replicas), replicas=replicas)
+    batches = [case().make_batch(2, seed) for seed in range(7)]
+    _, state, _ = train(schedule, batches)
+    at = 0
+    for count in replicas:
+        first, *others = state.run.stages[at : at + count]
+        for other in others:
+            chex.assert_trees_all_equal(
+                jax.device_get(first.weights), jax.device_get(other.weights)
+            )
+            assert other.version == first.version
+        at += count
+
+
+def test_each_replica_is_on_its_device_and_does_its_share():
+    schedule = schedules.one_f_one_b(2, 6, replicas=(3, 1))
+    pipe, state, _ = train(schedule, [case().make_batch(12, 0)])
+    where = [next(iter(held.weights[0].devices())).id for held in state.run.stages]
+    assert where == [0, 1, 2, 3]
+    done = [dict(held.performed) for held in state.run.stages]
+    assert done[:3] == [{"F": 2, "B": 2, "U": 1}] * 3
+    assert done[3] == {"FB": 6, "U": 1}
+    assert pipe.counts(state).actions == ({"B": 6, "F": 6, "U": 3}, {"B": 6, "F": 6, "U": 1})
+
+
+def test_executed_order_is_planned_order():
+    schedule = schedules.pipedream(2, replicas=(3, 1))
+    pipe = pdjax.Pipeline(case().loss_fn, OPTIMIZER, schedule=schedule)
+    batch = case().make_batch(2, 0)
+    state = pipe.init(case().params, batch)
+    seen: list[list[str]] = [[] for _ in schedule.workers]
+
+    def observe(kind, place, microbatch, made):
+        del made
+        places = state_executor.places
+        worker, stage = places.worker_of[place], places.stage_of[place]
+        seen[worker] += [f"{stage}{letter}{microbatch}" for letter in kind]
+
+    state_executor = state.executor
+    state_executor.observer = observe
+    for _ in range(8):
+        state, _ = pipe.step(state, batch)
+    pipe.drain(state)
+    assert seen == [[str(action) for action in row] for row in schedule.unroll(8)]
+
+
+@pytest.mark.parametrize("replicas", [(2, 1), (1, 3), (3, 1), (2, 2)], ids=str)
+def test_delays_change_nothing(replicas):
+    """A transport that waits now and then, as a slow link does."""
+    schedule = schedules.pipedream(len(replicas), replicas=replicas)
+    batches = [case().make_batch(2, seed) for seed in range(9)]
+    quiet = train(schedule, batches)
+    pipe = pdjax.Pipeline(case().loss_fn, OPTIMIZER, schedule=schedule)
+    state = pipe.init(case().params, batches[0], rng=KEY)
+    transport, chance = state.executor._transport, random.Random(0)
+
+    class Slow:
+        def send(self, values, source, target):
+            if chance.random() < 0.3:
+                jax.block_until_ready(values)
+                time.sleep(chance.random() / 200)
+            return transport.send(values, source, target)
+
+    state.executor._transport = Slow()
+    for batch in batches:
+        state, _ = pipe.step(state, batch)
+    chex.assert_trees_all_equal(pipe.params(pipe.drain(state)), quiet[0].params(quiet[1]))
+
+
+def test_a_loss_with_weights():
+    """The weights of all minibatches of a round count, whichever replica had them."""
+
+    def loss_fn(params, batch):
+        error = (jnp.tanh(batch["x"] @ params["a"]) @ params["b"])[:, 0] ** 2
+        return jnp.sum(error * batch["mask"]), batch["mask"].sum()
+
+    rng = np.random.default_rng(0)
+    params = {name: rng.normal(size=(3, 3)) for name in "ab"}
+    batch = {"x": rng.normal(size=(8, 3)), "mask": jnp.array([1.0, 0, 1, 1, 0, 0, 1, 1])}
+    pipe = pdjax.Pipeline(
+        loss_fn,
+        optax.sgd(1.0),
+        schedule=schedules.one_f_one_b(2, 4, replicas=(2, 1)),
+        weighted_loss=True,
+    )
+    state, metrics = pipe.step(pipe.init(params, batch), batch)
+
+    def mean(params):
+        total, weight = loss_fn(params, batch)
+        return total / weight
+
+    loss, gradient = jax.value_and_grad(mean)(params)
+    chex.assert_trees_all_close(metrics["loss"], loss, rtol=1e-10)
+    expected = jax.tree.map(jnp.subtract, params, gradient)
+    chex.assert_trees_all_close(pipe.params(state), expected, rtol=1e-10)
+
+
+def test_clipping_by_the_global_norm_over_replicated_stages():
+    optimizer = optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(1.0))
+    batch = case().make_batch(6, 0)
+    pipe = pdjax.Pipeline(
+        case().loss_fn, optimizer, schedule=schedules.one_f_one_b(2, 3, replicas=(2, 2))
+    )
+    state = pipe.init(case().params, batch, rng=KEY)
+    state, _ = pipe.step(state, batch)
+    params, _, _ = oracle.replay_synchronous(
+        case().loss_fn, optimizer, case().params, [batch], 3, KEY
+    )
+    chex.assert_trees_all_close(pipe.params(state), params, rtol=1e-10)
+
+
+def test_moving_averages_are_averaged_over_replicas():
+    def loss_fn(params, state, batch):
+        mean = 0.9 * state["mean"] + 0.1 * batch["x"].mean(0)
+        loss = jnp.mean((batch["x"] @ params["w"]) ** 2)
+        return loss, {"mean": mean, "count": state["count"] + 1}
+
+    rng = np.random.default_rng(0)
+    params = {"w": rng.normal(size=(3, 2))}
+    model_state = {"mean": jnp.zeros(3), "count": jnp.zeros((), jnp.int32)}
+    batch = {"x": rng.normal(size=(4, 3))}
+    pipe = pdjax.Pipeline(
+        loss_fn, optax.sgd(0.1), schedule=schedules.one_f_one_b(1, 2, replicas=(2,))
+    )
+    state = pipe.init(params, batch, model_state=model_state)
+    state, _ = pipe.step(state, batch)
+    found = pipe.model_state(state)
+    chex.assert_trees_all_close(found["mean"], 0.1 * batch["x"].mean(0), rtol=1e-10)
+    assert int(found["count"]) == 1
+
+
+@pytest.mark.parametrize("schedule", ["one_f_one_b", "pipedream"])
+def test_a_plan_with_replicas_is_run(schedule):
+    layers = tuple(LayerProfile(n, 1e-3, 2e-3, 4.0, 8.0) for n in ("block_0", "block_1"))
+    layers += tuple(LayerProfile(n, 5e-4, 1e-3, 4.0, 8e6) for n in ("block_2", "block_3"))
+    profile = pdjax.Profile(layers, batch_size=2)
+    count = 4 if schedule == "one_f_one_b" else 1
+    plan = pdjax.plan_pipeline(profile, pdjax.Topology.parse("3@100MB/s"), pdjax.PlanOptions())
+    assert plan.replicas == (2, 1)
+    plan = replace(plan, prediction=None)  # it was made for PipeDream
+    pipe = pdjax.Pipeline(
+        case().loss_fn, OPTIMIZER, schedule=schedule, plan=plan, num_microbatches=count
+    )
+    batch = case().make_batch(2 * count, 0)
+    state = pipe.init(case().params, batch, rng=KEY)
+    state, _ = pipe.step(state, batch)
+    pipe.drain(state)
+    assert pipe.schedule.replicas == (2, 1)
+
+
+def test_the_planner_replicates_if_it_may():
+    names = ("block_0", "block_1", "block_2", "block_3")
+    profile = pdjax.Profile(
+        tuple(LayerProfile(name, 1e-3, 2e-3, 1e6, 8.0) for name in names), batch_size=2
+    )
+    for straight in (True, False):
+        pipe = pdjax.Pipeline(
+            case().loss_fn,
+            OPTIMIZER,
+            plan="auto",
+            straight=straight,
+            profile=profile,
+            topology="4@1MB/s",
+            num_microbatches=4,
+        )
+        batch = case().make_batch(8, 0)
+        state = pipe.init(case().params, batch, rng=KEY)
+        pipe.step(state, batch)
+        assert (pipe.schedule.replicas == (4,)) == (not straight)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "zero_bubble_h1"])
+def test_schedules_without_replicas(schedule):
+    layers = tuple(LayerProfile(f"block_{i}", 1e-3, 2e-3, 4.0, 8.0) for i in range(4))
+    plan = pdjax.plan_pipeline(
+        pdjax.Profile(layers, batch_size=1), pdjax.Topology.parse("4@1MB/s"), pdjax.PlanOptions()
+    )
+    assert max(plan.replicas) > 1
+    pipe = pdjax.Pipeline(case().loss_fn, OPTIMIZER, schedule=schedule, plan=plan)
+    with (
+        pytest.warns(pdjax.PdjaxWarning),
+        pytest.raises(ValueError, match=r"one worker for each stage\. Use one of one_f_one_b"),
+    ):
+        pipe.init(case().params, case().make_batch(4, 0))
