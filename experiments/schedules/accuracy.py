@@ -2,10 +2,10 @@
 
     python experiments/schedules/accuracy.py
 
-Every program runs in one thread, so that two workers have two cores to themselves and four share
-them. The layers are profiled, every schedule is simulated with these figures, and then all
-pipelines train in turns, some steps each, for several rounds. Prints a table in Markdown, and draws
-accuracy.png.
+Every program runs in one thread. The layers are profiled, every schedule is simulated with these
+figures, and all pipelines train in turns, some steps each, for several rounds. In each round it is
+measured, too, how much slower two devices of one process are if both compute at once. Prints a
+table in Markdown, and draws accuracy.png and overlay.png.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import pdjax
 from pdjax.simulator import steady_s
 from pdjax.timeline_figures import save_timelines
 
-CORES = len(os.sched_getaffinity(0))
+CHAIN = 40  # calls one after the other on a device
 POINTS = [
     # schedule, workers, microbatches
     ("model_parallel", 2, 4),
@@ -118,13 +118,40 @@ def make_point(schedule: str, workers: int, microbatches: int, options: Any) -> 
     return Point(schedule, workers, microbatches, pipe, state, batch)
 
 
-def simulate(point: Point, profile: pdjax.Profile) -> None:
-    """Predicts the seconds of a step, for workers with a core each and for shared cores."""
+def simulate(point: Point, profile: pdjax.Profile, slowdown: float) -> None:
+    """Predicts the seconds of a step, and what is the least in one process.
+
+    Where two devices that compute at once are `slowdown` times slower, all devices together do no
+    more than 2 / `slowdown` seconds of work in a second.
+    """
     prepared = point.pipe._last_training().prepared
     costs = prepared.stage_costs(profile)
     point.simulated_s = steady_s(point.pipe.schedule, costs)
     work = point.microbatches * sum(cost.forward_s + cost.backward_s for cost in costs)
-    point.shared_s = max(point.simulated_s, work / CORES)
+    point.shared_s = max(point.simulated_s, work * slowdown / 2)
+
+
+def two_at_once(width: int, size: int) -> float:
+    """How many times longer two devices take for a chain of calls each than one device for one."""
+    block = jax.jit(lambda x, up, down: x + jnp.tanh(x @ up) @ down)
+    params = make_params(1, width)["block_00"]
+    arrays = [
+        [jax.device_put(a, d) for a in (np.ones((size, width), np.float32), *params.values())]
+        for d in jax.devices()[:2]
+    ]
+
+    def seconds(chains: list[list[Any]]) -> float:
+        start = time.perf_counter()
+        values = [x for x, _, _ in chains]
+        for _ in range(CHAIN):
+            values = [block(x, up, down) for x, (_, up, down) in zip(values, chains, strict=True)]
+        jax.block_until_ready(values)
+        return time.perf_counter() - start
+
+    seconds(arrays)
+    alone = [seconds(arrays[:1]) for _ in range(5)]
+    together = [seconds(arrays) for _ in range(5)]
+    return float(np.median(together) / np.median(alone))
 
 
 def measure(point: Point, steps: int) -> None:
@@ -141,7 +168,7 @@ def table(points: list[Point]) -> str:
     """Simulated beside measured."""
     rows = [
         "| schedule | workers | microbatches | simulated | measured (quartiles) | measured / "
-        f"simulated | … if {CORES} cores are shared |",
+        "simulated | … with both devices slowed |",
         "|---|---|---|---|---|---|---|",
     ]
     for point in points:
@@ -167,7 +194,7 @@ def draw(points: list[Point], path: Path) -> None:
         middle = np.array([np.median(point.measured_s) for point in mine]) * 1e3
         spread = [np.percentile(point.measured_s, [25, 75]) * 1e3 for point in mine]
         bars = np.abs(np.array(spread).T - middle)
-        label = f"{workers} workers on {CORES} cores"
+        label = f"{workers} workers"
         axes.errorbar(x, middle, yerr=bars, fmt=marker, color=color, label=label, capsize=3)
         for point, left, up in zip(mine, x, middle, strict=True):
             axes.annotate(point.name, (left, up), (5, -9), textcoords="offset points", fontsize=7)
@@ -202,19 +229,23 @@ def main() -> None:
         measure(point, 2)
         point.measured_s.clear()
     profiles: list[pdjax.Profile] = []
+    slowdowns: list[float] = []
     small = make_batch(options.microbatch, options.width)
     params = make_params(options.blocks, options.width)
     profiler = pdjax.Pipeline(loss_fn, optax.sgd(1e-3), num_stages=1, num_microbatches=1)
     for at in range(options.rounds):
         profiles.append(profiler.profile(params, small))
+        slowdowns.append(two_at_once(options.width, 4 * options.microbatch))
         for point in points[at % len(points) :] + points[: at % len(points)]:
             measure(point, options.steps)
     profile = sorted(profiles, key=lambda one: sum(one.column("compute_s")))[len(profiles) // 2]
     for point in points:
-        simulate(point, profile)
+        simulate(point, profile, float(np.median(slowdowns)))
     print(table(points))
+    low, middle, high = np.percentile(slowdowns, [25, 50, 75])
+    print(f"\ntwo devices at once are {middle:.2f} ({low:.2f}-{high:.2f}) times slower")
     errors = [abs(np.median(p.measured_s) / p.simulated_s - 1) for p in points if p.workers == 2]
-    print(f"\n2 workers: median error {np.median(errors):.0%}, largest {max(errors):.0%}")
+    print(f"2 workers: median error {np.median(errors):.0%}, largest {max(errors):.0%}")
     draw(points, options.output / "accuracy.png")
     overlay(points[6], profile, options.output / "overlay.png")
 
