@@ -182,27 +182,25 @@ def table(points: list[Point]) -> str:
 
 
 def draw(points: list[Point], path: Path) -> None:
-    """Simulated along one axis, measured along the other."""
-    figure = Figure(figsize=(7, 6), layout="constrained")
+    """A row for each point: what was simulated, and what was measured."""
+    figure = Figure(figsize=(8, 0.42 * len(points) + 1.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    most = 1.15e3 * max(max(p.simulated_s, float(np.median(p.measured_s))) for p in points)
-    axes.plot([0, most], [0, most], color="black", linewidth=0.8)
-    for workers, marker, color in ((2, "o", "#3b6fb6"), (4, "s", "#c4622d")):
-        mine = [point for point in points if point.workers == workers]
-        x = [point.simulated_s * 1e3 for point in mine]
-        middle = np.array([np.median(point.measured_s) for point in mine]) * 1e3
-        spread = [np.percentile(point.measured_s, [25, 75]) * 1e3 for point in mine]
-        bars = np.abs(np.array(spread).T - middle)
-        label = f"{workers} workers"
-        axes.errorbar(x, middle, yerr=bars, fmt=marker, color=color, label=label, capsize=3)
-        for point, left, up in zip(mine, x, middle, strict=True):
-            axes.annotate(point.name, (left, up), (5, -9), textcoords="offset points", fontsize=7)
-    axes.set_xlabel("simulated, milliseconds a step")
-    axes.set_ylabel("measured, milliseconds a step")
-    axes.set_xlim(0, most)
-    axes.set_ylim(0, most)
-    axes.legend(frameon=False, loc="upper left")
+    rows = range(len(points))
+    quartiles = np.array([np.percentile(p.measured_s, [25, 50, 75]) for p in points]).T * 1e3
+    low, middle, high = quartiles
+    axes.barh(rows, middle, height=0.6, color="#9dbde6", label="measured, with quartiles")
+    spread = [middle - low, high - middle]
+    axes.errorbar(middle, rows, xerr=spread, fmt="none", ecolor="#3b6fb6", capsize=3)
+    simulated = [point.simulated_s * 1e3 for point in points]
+    shared = [point.shared_s * 1e3 for point in points]
+    axes.scatter(simulated, rows, marker="o", color="#c4622d", zorder=3, label="simulated")
+    label = "simulated, with both devices slowed"
+    axes.scatter(shared, rows, marker="D", s=28, color="black", zorder=2, label=label)
+    axes.set_yticks(rows, [point.name for point in points])
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds a step")
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=3)
     figure.savefig(path, dpi=130)
 
 
