@@ -19,6 +19,7 @@ import zoo
 import pdjax
 from pdjax import schedules
 from pdjax.profile import LayerProfile
+from pdjax.schedules import ScheduleError
 
 KEY = jax.random.key(5)
 OPTIMIZER = optax.adam(1e-2, eps=1e-3)
@@ -233,19 +234,28 @@ def test_moving_averages_are_averaged_over_replicas():
     assert int(found["count"]) == 1
 
 
-@pytest.mark.parametrize("schedule", ["one_f_one_b", "pipedream"])
+def replicated_plan() -> pdjax.Plan:
+    """The first half takes twice as long, the second has weights that take long to synchronise."""
+    rows = [(2e-3, 4e-3, 4.0, 8.0)] * 2 + [(1e-3, 2e-3, 4.0, 8e7)] * 2
+    layers = tuple(LayerProfile(f"block_{at}", *row) for at, row in enumerate(rows))
+    options = pdjax.PlanOptions(together=((0, 1), (2, 3)))
+    topology = pdjax.Topology.parse("3@1GB/s")
+    return pdjax.plan_pipeline(pdjax.Profile(layers, batch_size=2), topology, options)
+
+
+@pytest.mark.parametrize("schedule", ["one_f_one_b", "pipedream", "pipedream_vertical_sync"])
 def test_a_plan_with_replicas_is_run(schedule):
-    layers = tuple(LayerProfile(n, 1e-3, 2e-3, 4.0, 8.0) for n in ("block_0", "block_1"))
-    layers += tuple(LayerProfile(n, 5e-4, 1e-3, 4.0, 8e6) for n in ("block_2", "block_3"))
-    profile = pdjax.Profile(layers, batch_size=2)
-    count = 4 if schedule == "one_f_one_b" else 1
-    plan = pdjax.plan_pipeline(profile, pdjax.Topology.parse("3@100MB/s"), pdjax.PlanOptions())
+    plan = replace(replicated_plan(), prediction=None)  # it was made for PipeDream
     assert plan.replicas == (2, 1)
-    plan = replace(plan, prediction=None)  # it was made for PipeDream
+    count = 4 if schedule == "one_f_one_b" else 1
     pipe = pdjax.Pipeline(
         case().loss_fn, OPTIMIZER, schedule=schedule, plan=plan, num_microbatches=count
     )
     batch = case().make_batch(2 * count, 0)
+    if schedule == "pipedream_vertical_sync":
+        with pytest.raises(ScheduleError, match="needs stages without replicas"):
+            pipe.init(case().params, batch, rng=KEY)
+        return
     state = pipe.init(case().params, batch, rng=KEY)
     state, _ = pipe.step(state, batch)
     pipe.drain(state)
@@ -275,14 +285,7 @@ def test_the_planner_replicates_if_it_may():
 
 @pytest.mark.parametrize("schedule", ["gpipe", "zero_bubble_h1"])
 def test_schedules_without_replicas(schedule):
-    layers = tuple(LayerProfile(f"block_{i}", 1e-3, 2e-3, 4.0, 8.0) for i in range(4))
-    plan = pdjax.plan_pipeline(
-        pdjax.Profile(layers, batch_size=1), pdjax.Topology.parse("4@1MB/s"), pdjax.PlanOptions()
-    )
-    assert max(plan.replicas) > 1
+    plan = replace(replicated_plan(), prediction=None)
     pipe = pdjax.Pipeline(case().loss_fn, OPTIMIZER, schedule=schedule, plan=plan)
-    with (
-        pytest.warns(pdjax.PdjaxWarning),
-        pytest.raises(ValueError, match=r"one worker for each stage\. Use one of one_f_one_b"),
-    ):
+    with pytest.raises(ValueError, match=r"one worker for each stage\. Use one of one_f_one_b"):
         pipe.init(case().params, case().make_batch(4, 0))

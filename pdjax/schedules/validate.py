@@ -183,10 +183,10 @@ class Check:
         )
 
     def _versions(self) -> None:
-        if self.rule.forward == "entry" and len(set(self.schedule.replicas)) > 1:
+        if self.rule.forward != "newest" and max(self.schedule.replicas) > 1:
             raise ScheduleError(
-                f"the weight rule {self.rule.name!r} needs stages with equal numbers of replicas; "
-                f"got {self.schedule.replicas}. Use the weight rule 'stash'."
+                f"the weight rule {self.rule.name!r} needs stages without replicas; got "
+                f"{self.schedule.replicas}. Use the weight rule 'stash'."
             )
         delay = delay_of(self.rule, self.schedule)
         read = versions_read(self.columns, self.rule, self.schedule.num_microbatches, delay)
