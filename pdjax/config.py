@@ -198,3 +198,21 @@ class SimulateConfig:
     out: Path | None = None
     """Directory for comparison.txt, timelines.png, memory.png and trace.json (which ui.perfetto.dev
     shows)."""
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Runs a command, given after --, in several processes of this machine.
+
+    Their output comes with the number of the process before each line. If one fails the others are
+    ended, and its exit code is returned.
+    """
+
+    num_processes: int
+    """How many processes."""
+
+    pin: bool = True
+    """Whether each process gets a core of its own, in turns if there are fewer cores."""
+
+    grace_s: float = 10.0
+    """Seconds that a process has to end before it is killed."""

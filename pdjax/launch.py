@@ -1,0 +1,211 @@
+"""`python -m pdjax.launch`: runs a command in several processes of this machine.
+
+Each process is told where the first one listens, how many they are and which one it is, in the
+variables PDJAX_COORDINATOR, PDJAX_NUM_PROCESSES and PDJAX_PROCESS_ID. Nothing here imports JAX.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import IO, Annotated
+
+import tyro
+from rich.console import Console
+
+from pdjax.config import LaunchConfig
+
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_POLL_S = 0.02
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code.
+
+    That of the first process that failed, 128 plus the signal if one ended it; 0 if none failed; 2
+    for arguments that make no sense.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    at = given.index("--") if "--" in given else len(given)
+    config = tyro.cli(
+        Annotated[LaunchConfig, tyro.conf.arg(name="")],
+        args=given[:at],
+        prog="python -m pdjax.launch",
+    )
+    try:
+        return launch(given[at + 1 :], config)
+    except (ValueError, OSError) as error:
+        errors = Console(stderr=True, highlight=False)
+        errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return 2
+
+
+def launch(command: Sequence[str], config: LaunchConfig) -> int:
+    """Runs `command` in several processes until all have ended; returns the exit code.
+
+    If one fails, or this process is told to end, the others are told to end, too, and are killed
+    if they have not after a while. What a process started does not outlive it.
+
+    Args:
+        command: the program and its arguments.
+        config: how many processes, and how they are treated.
+
+    Raises:
+        ValueError: if there is no command, or the number of processes makes no sense.
+        OSError: if the command cannot be started.
+    """
+    _check(command, config)
+    coordinator = f"127.0.0.1:{free_port()}"
+    group = _Group(config.grace_s)
+    with group.signals_forwarded():
+        try:
+            for number in range(config.num_processes):
+                group.start(command, number, config, coordinator)
+            return group.wait()
+        finally:
+            group.end(signal.SIGTERM)
+            group.wait()
+
+
+def free_port() -> int:
+    """A port of this machine on which nobody listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _check(command: Sequence[str], config: LaunchConfig) -> None:
+    if not command:
+        raise ValueError(
+            "there is no command; expected it after '--', such as: python -m pdjax.launch "
+            "--num-processes 2 -- python train.py"
+        )
+    if config.num_processes < 1:
+        raise ValueError(f"--num-processes {config.num_processes}: expected at least 1.")
+    if config.grace_s < 0:
+        raise ValueError(f"--grace-s {config.grace_s}: expected seconds from 0 on.")
+
+
+class _Group:
+    """The processes, each the head of a process group of its own.
+
+    Args:
+        grace_s: seconds between the demand to end and the kill.
+    """
+
+    def __init__(self, grace_s: float) -> None:
+        self._grace_s = grace_s
+        self._processes: list[subprocess.Popen[str]] = []
+        self._readers: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._deadline: float | None = None
+        self._code: int | None = None
+
+    def start(
+        self, command: Sequence[str], number: int, config: LaunchConfig, coordinator: str
+    ) -> None:
+        """Starts one process, on a core of its own if there are enough."""
+        told = {
+            "PDJAX_COORDINATOR": coordinator,
+            "PDJAX_NUM_PROCESSES": str(config.num_processes),
+            "PDJAX_PROCESS_ID": str(number),
+            "PYTHONUNBUFFERED": "1",
+        }
+        with _pinned(number if config.pin else None):
+            process = subprocess.Popen(
+                command,
+                env=os.environ | told,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
+        self._processes.append(process)
+        assert process.stdout is not None
+        reader = threading.Thread(target=self._copy, args=(process.stdout, number), daemon=True)
+        reader.start()
+        self._readers.append(reader)
+
+    def wait(self) -> int:
+        """Waits until all have ended; returns the exit code of the first that failed, or 0.
+
+        What they started and left behind is killed.
+        """
+        while any(process.poll() is None for process in self._processes):
+            self._look()
+            time.sleep(_POLL_S)
+        self._look()
+        self._send(signal.SIGKILL)  # to what they left behind
+        for reader in self._readers:
+            reader.join()
+        return self._code or 0
+
+    def end(self, number: int) -> None:
+        """Demands that those that still run end; they are killed if they do not in time."""
+        self._send(number)
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self._grace_s
+
+    @contextlib.contextmanager
+    def signals_forwarded(self) -> Iterator[None]:
+        """Passes the signals on that ask this process to end."""
+
+        def forward(number: int, _: object) -> None:
+            self._code = self._code or 128 + number
+            self.end(number)
+
+        before = {number: signal.signal(number, forward) for number in _FORWARDED}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _look(self) -> None:
+        """Notes the first failure, and kills those that take too long to end."""
+        for process in self._processes:
+            code = process.poll()
+            if code and self._code is None:
+                self._code = 128 - code if code < 0 else code
+                self.end(signal.SIGTERM)
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            self._send(signal.SIGKILL)
+
+    def _send(self, number: int) -> None:
+        for process in self._processes:
+            if process.poll() is None or number == signal.SIGKILL:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, number)
+
+    def _copy(self, lines: IO[str], number: int) -> None:
+        with lines:
+            for line in lines:
+                with self._lock:
+                    sys.stdout.write(f"[{number}] {line.rstrip()}\n")
+                    sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _pinned(number: int | None) -> Iterator[None]:
+    """What is started inside may run on one core only, the cores being shared out in turns."""
+    if number is None or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    try:
+        os.sched_setaffinity(0, {cores[number % len(cores)]})
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
