@@ -20,6 +20,7 @@ import pdjax
 from pdjax import schedules
 from pdjax.profile import LayerProfile
 from pdjax.schedules import ScheduleError
+from pdjax.simulator import peak_bytes
 
 KEY = jax.random.key(5)
 OPTIMIZER = optax.adam(1e-2, eps=1e-3)
@@ -147,6 +148,23 @@ def test_executed_order_is_planned_order():
         state, _ = pipe.step(state, batch)
     pipe.drain(state)
     assert seen == [[str(action) for action in row] for row in schedule.unroll(8)]
+
+
+@pytest.mark.parametrize("replicas", [(2, 1), (1, 3), (2, 2), (1, 2, 1), (4,)], ids=str)
+@pytest.mark.parametrize("name", ["pipedream", "one_f_one_b"])
+def test_what_is_sent_and_held_is_what_is_simulated(name, replicas):
+    count = 1 if name == "pipedream" else 5
+    schedule = getattr(schedules, name)(len(replicas), count, replicas=replicas)
+    steps = 9
+    batches = [case().make_batch(2 * count, seed) for seed in range(steps)]
+    pipe, state, _ = train(schedule, batches)
+    layers = tuple(LayerProfile(layer, 1.0, 2.0, 0.0, 0.0) for layer in pipe.plan.layers)
+    timeline = pipe.simulate(pdjax.Profile(layers), num_minibatches=steps)
+    counts = pipe.counts(state)
+    assert counts.link_bytes == timeline.link_bytes
+    costs = state._training.prepared.stage_costs(pdjax.Profile(layers))
+    rule = pdjax.STASH if name == "pipedream" else pdjax.LATEST
+    assert counts.peak_bytes == peak_bytes(schedule, costs, rule)
 
 
 @pytest.mark.parametrize("replicas", [(2, 1), (1, 3), (3, 1), (2, 2)], ids=str)

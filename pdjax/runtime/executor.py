@@ -235,8 +235,12 @@ class Executor:
         """Sums the gradients of a stage's replicas, and averages their mutable state."""
         if stage not in self._reduces:
             return
-        states = [run.stages[place] for place in self.places.of_stage(stage)]
+        places = self.places.of_stage(stage)
+        states = [run.stages[place] for place in places]
         gradients, model = self._reduces[stage]
+        for place in places:  # each sends to the next one, around a ring
+            following = places[(place + 1 - places[0]) % len(places)]
+            run.sent_bytes[place, following] += gradients.sent_bytes
         for state, sums in zip(states, gradients([s.gradients for s in states]), strict=True):
             state.gradients, state.reduced = sums, True
         if model is not None:

@@ -54,9 +54,10 @@ class AllReduce:
         self._scalars = [at for at, shape in enumerate(self._shapes) if not shape.shape]
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of the arrays on one replica."""
-        return sum(s.size * s.dtype.itemsize for s in self._shapes)
+    def sent_bytes(self) -> int:
+        """Bytes that each replica sends: 2 (r - 1) / r of those of the arrays, around a ring."""
+        size = sum(s.size * s.dtype.itemsize for s in self._shapes)
+        return round(2 * (len(self._devices) - 1) / len(self._devices) * size)
 
     def __call__(self, parts: Sequence[Values | None]) -> list[Values]:
         """The sum on each replica.
