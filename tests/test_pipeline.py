@@ -176,7 +176,7 @@ def test_one_pipeline_for_two_runs():
 # ---------------------------------------------------------------- evaluation, drains
 
 
-@pytest.mark.parametrize("schedule", ALGORITHMS)
+@pytest.mark.parametrize("schedule", ["gpipe", "zero_bubble_v", "pipedream", "pipedream_2bw"])
 def test_evaluation_between_steps_changes_nothing(schedule):
     case = zoo.dense_blocks(dropout=0.2)
 
