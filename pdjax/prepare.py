@@ -120,6 +120,7 @@ class Prepared:
         self.update = self._split_optimizer()
         self.state_homes = _state_homes(self.split)
         self._updates = [self._update_runner(at) for at in range(len(placements))]
+        self._reduces = self._make_reduces()
         self.executor = Executor(
             self.schedule,
             self.rule,
@@ -127,7 +128,7 @@ class Prepared:
             [self._divisors(at) for at in range(len(placements))],
             LocalTransport(),
             _average if self._averages_state() else None,
-            self._reduces(),
+            self._reduces,
         )
         # Under an asynchronous schedule a batch may be read after the step that brought it has
         # returned, when its owner may have given its memory away.
@@ -145,7 +146,7 @@ class Prepared:
         counts = range(1 if whole else size, size + 1)  # a drain may break a round off
         return {count: place(np.float32(count), placement) for count in counts}
 
-    def _reduces(self) -> dict[int, tuple[AllReduce, MeanOfState | None]]:
+    def _make_reduces(self) -> dict[int, tuple[AllReduce, MeanOfState | None]]:
         """For each stage with replicas what its updates sum and average over them."""
         found: dict[int, tuple[AllReduce, MeanOfState | None]] = {}
         params, state = jax.tree.leaves(self._params), jax.tree.leaves(self._state)

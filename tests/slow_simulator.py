@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from pdjax.schedules import Action, Schedule
 from pdjax.simulator import StageCost
+from pdjax.weights import WeightRule
 
 
 def chain(num_stages: int, size: float = 1, **fields) -> list[StageCost]:
@@ -180,3 +182,35 @@ class Slow:
     def reduced(self, stage, microbatch):
         self.reducing.remove(stage)
         self.there.add(("R", stage, microbatch))
+
+
+def versions_alive(
+    worker: Sequence[Action],
+    stage: int,
+    rule: WeightRule,
+    num_microbatches: int = 1,
+    delay: int | None = None,
+) -> list[int]:
+    """After each action of a worker, how many versions of the weights of `stage` are alive.
+
+    These are the newest, those that a stash holds and those that a forward pass is yet to read.
+    """
+    mine = [action for action in worker if action.stage == stage and action.kind == "F"]
+    coming = [max(0, a.microbatch // num_microbatches - (delay or 0)) for a in mine]
+    newest = num_forward = 0
+    stashed: dict[int, int] = {}
+    counts = []
+    for action in worker:
+        if action.stage == stage:
+            if action.kind == "U":
+                newest += 1
+            elif action.kind == "F":
+                stashed[action.microbatch] = newest if delay is None else coming[num_forward]
+                num_forward += 1
+            elif action.kind in ("B", "W"):
+                stashed.pop(action.microbatch, None)
+        kept = set(stashed.values()) if rule.backward == "stashed" else set()
+        if delay is not None and num_forward < len(coming):
+            kept |= set(range(coming[num_forward], newest))
+        counts.append(len(kept | {newest}))
+    return counts

@@ -96,8 +96,8 @@ def test_the_bytes_that_are_counted_are_those_of_the_arrays(name, remat):
         del kind, microbatch, made
         worker = pipe.schedule.worker_of(stage)
         held = [current.stages[s] for s in pipe.schedule.stages_of(worker)]
-        stash = [x for each in held for entry in each.stash.values() for x in entry.saved]
-        stash += [x for each in held for e in each.halfway.values() for x in e.held.values]
+        stash = [x for each in held for kept in each.stash.values() for x in kept.values]
+        stash += [x for each in held for kept in each.halfway.values() for x in kept.values]
         assert sum(x.nbytes for x in stash) == current.workers[worker].stash_bytes
         most[worker] = max(most[worker], current.workers[worker].stash_bytes)
         versions = 0

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from slow_simulator import chain
+from slow_simulator import chain, versions_alive
 
 from pdjax.schedules import (
     ALGORITHMS,
@@ -23,9 +23,8 @@ from pdjax.schedules import (
     zero_bubble_h1,
     zero_bubble_v,
 )
-from pdjax.schedules.versions import delay_of, versions_alive
+from pdjax.schedules.versions import delay_of, version_changes
 from pdjax.simulator import StageCost, peak_bytes, simulate, staleness, steady_s
-from pdjax.simulator.holding import version_changes
 from pdjax.timeline import Timeline
 from pdjax.topology import Topology
 from pdjax.weights import DOUBLE_BUFFER, LATEST, STASH, VERTICAL_SYNC

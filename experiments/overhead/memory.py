@@ -59,7 +59,7 @@ def counted(schedule, params, batch, num_stages, num_microbatches, steps=4):
             now = {
                 "weights": count([held.weights, *[entry.weights for entry in stashed]]),
                 "optimizer": count(held.optimizer),
-                "stash": count([(entry.given, entry.saved) for entry in stashed]),
+                "stash": count([(entry.given, entry.values) for entry in stashed]),
             }
             peak.update({kind: max(peak[kind], now[kind]) for kind in KINDS})
 

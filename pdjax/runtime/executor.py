@@ -22,13 +22,14 @@ from typing import Any
 
 import numpy as np
 
+from pdjax.runtime.divided import Held
 from pdjax.runtime.inputs import Given, Reads
 from pdjax.runtime.passes import InstructionKind, Passes
 from pdjax.runtime.placed import Values, total
 from pdjax.runtime.places import Places
 from pdjax.runtime.reduce import AllReduce, MeanOfState
 from pdjax.runtime.stage import OutputIndex
-from pdjax.runtime.state import Feed, Halfway, Run, StageState, Stashed, Step
+from pdjax.runtime.state import Feed, Kept, Run, StageState, Step
 from pdjax.runtime.transport import Transport
 from pdjax.runtime.update import Pack, UpdateRunner
 from pdjax.schedules import Schedule
@@ -141,7 +142,7 @@ class Executor:
         index = runner.forward_outputs
         saved = tuple(outputs[at] for at in index.saved)
         pinned = weights if self._stashes else None
-        state.stash[microbatch] = Stashed(passes, version, pinned, kept, saved)
+        state.stash[microbatch] = Kept(passes, version, pinned, kept, saved)
         state.peak_in_flight = max(state.peak_in_flight, len(state.stash))
         self._tally(run, place, passes.stash_bytes[place])
         self._deliver(step, place, microbatch, outputs, index)
@@ -175,16 +176,16 @@ class Executor:
             state.gradients,
         )
         state.gradients, returns, held = made
-        state.halfway[microbatch] = Halfway(passes, version, weights, held)
+        state.halfway[microbatch] = Kept(passes, version, weights, *held)
         self._tally(run, place, passes.held_bytes[place] - passes.stash_bytes[place])
         self._return(run, passes, place, microbatch, returns)
         return made
 
     def _weight_part(self, step: Step, place: int, microbatch: int) -> Any:
         run, state = step.run, step.run.stages[place]
-        passes, _, weights, held = state.halfway.pop(microbatch)
+        passes, _, weights, given, values = state.halfway.pop(microbatch)
         state.gradients = passes.stages[place].divided.weight_part(
-            state.weights if weights is None else weights, held, state.gradients
+            state.weights if weights is None else weights, Held(given, values), state.gradients
         )
         self._tally(run, place, -passes.held_bytes[place])
         return state.gradients
@@ -294,8 +295,7 @@ class Executor:
             return state.version, state.weights
         version = self._version_for(run, place, microbatch)
         weights = state.of_version(version)
-        following = microbatch + self.places.replicas[self.places.stage_of[place]]
-        state.wanted = self._version_for(run, place, following)
+        state.wanted = self._version_for(run, place, microbatch + 1)  # there are no replicas
         state.retire()
         return version, weights
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,18 +25,24 @@ class AllReduce:
     Args:
         placements: where the replicas are, one device each.
         shapes: of the arrays.
+        mean: whether to make their mean instead.
     """
 
     def __init__(
-        self, placements: Sequence[Sharding], shapes: Sequence[jax.ShapeDtypeStruct]
+        self,
+        placements: Sequence[Sharding],
+        shapes: Sequence[jax.ShapeDtypeStruct],
+        *,
+        mean: bool = False,
     ) -> None:
         self._devices = [next(iter(placement.device_set)) for placement in placements]
         self._shapes = tuple(shapes)
         mesh = Mesh(np.array(self._devices), (_AXIS,))
         self._sharding = NamedSharding(mesh, PartitionSpec(_AXIS))
+        combine = jax.lax.pmean if mean else jax.lax.psum
         self._run = jax.jit(
             jax.shard_map(
-                lambda arrays: jax.lax.psum(arrays, _AXIS),
+                lambda arrays: combine(arrays, _AXIS),
                 mesh=mesh,
                 in_specs=PartitionSpec(_AXIS),
                 out_specs=PartitionSpec(_AXIS),
@@ -52,6 +59,17 @@ class AllReduce:
             for p in placements
         ]
         self._scalars = [at for at, shape in enumerate(self._shapes) if not shape.shape]
+
+    def lowerings(self) -> Iterator[Callable[[], Any]]:
+        """Functions that lower the programs that every call runs."""
+        count = len(self._devices)
+        whole = tuple(
+            jax.ShapeDtypeStruct(
+                (count * (s.shape or (1,))[0], *s.shape[1:]), s.dtype, sharding=self._sharding
+            )
+            for s in self._shapes
+        )
+        yield partial(self._run.lower, whole)
 
     @property
     def sent_bytes(self) -> int:
@@ -117,17 +135,11 @@ class MeanOfState:
         self, placements: Sequence[Sharding], shapes: dict[int, jax.ShapeDtypeStruct]
     ) -> None:
         self._indices = [i for i, s in shapes.items() if jnp.issubdtype(s.dtype, jnp.inexact)]
-        self._sum = AllReduce(placements, [shapes[i] for i in self._indices])
-        count = len(placements)
-        self._divide = [
-            placed(lambda sums: tuple(x / count for x in sums), placement)
-            for placement in placements
-        ]
+        self._mean = AllReduce(placements, [shapes[i] for i in self._indices], mean=True)
+        self.lowerings = self._mean.lowerings
 
     def __call__(self, states: Sequence[StageState]) -> None:
         """Replaces the leaves of all replicas by their mean."""
-        if not self._indices:
-            return
         parts = [tuple(state.model[i] for i in self._indices) for state in states]
-        for state, divide, sums in zip(states, self._divide, self._sum(parts), strict=True):
-            state.model.update(zip(self._indices, divide(sums), strict=True))
+        for state, means in zip(states, self._mean(parts), strict=True):
+            state.model.update(zip(self._indices, means, strict=True))

@@ -7,44 +7,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from pdjax.runtime.divided import Held
 from pdjax.runtime.inputs import Given
 from pdjax.runtime.passes import InstructionKind, Passes
 from pdjax.runtime.placed import Values
 
 
-class Stashed(NamedTuple):
-    """What a stage keeps of a microbatch between its forward and its backward pass.
+class Kept(NamedTuple):
+    """What a stage keeps of a microbatch until its backward pass, or one of its parts.
 
     Attributes:
         passes: the programs that its forward pass belongs to.
         version: the version of the weights that the forward pass read.
         weights: that version; None if the newest will do.
-        given: what else of the inputs the backward pass reads.
-        saved: the activations.
+        given: what else of the inputs is read then.
+        values: the activations; for the weight part what it reads of them, and what the input part
+            held for it.
     """
 
     passes: Passes
     version: int
     weights: Values | None
     given: Given
-    saved: Values
-
-
-class Halfway(NamedTuple):
-    """What a stage keeps of a microbatch between the input part and the weight part.
-
-    Attributes:
-        passes: the programs that its forward pass belongs to.
-        version: the version of the weights that the forward pass read.
-        weights: that version; None if the newest will do.
-        held: what the input part left for the weight part.
-    """
-
-    passes: Passes
-    version: int
-    weights: Values | None
-    held: Held
+    values: Values
 
 
 @dataclass
@@ -84,8 +68,8 @@ class StageState:
     older: dict[int, Values] = field(default_factory=dict)
     gradients: Values | None = None
     reduced: bool = False
-    stash: dict[int, Stashed] = field(default_factory=dict)
-    halfway: dict[int, Halfway] = field(default_factory=dict)
+    stash: dict[int, Kept] = field(default_factory=dict)
+    halfway: dict[int, Kept] = field(default_factory=dict)
     inbox: dict[int, dict[int, Any]] = field(default_factory=dict)
     returned: dict[int, list[dict[int, Any]]] = field(default_factory=dict)
     new_model: list[Values] = field(default_factory=list)
@@ -122,13 +106,11 @@ class WorkerTally:
         version_bytes: bytes of all versions of the weights of its stages.
         stash_bytes: bytes that wait for backward passes or their weight parts.
         peak_bytes: the most that both were together.
-        peak_stash_bytes: the most that the latter were.
     """
 
     version_bytes: int
     stash_bytes: int = 0
     peak_bytes: int = 0
-    peak_stash_bytes: int = 0
 
     def __post_init__(self) -> None:
         self.peak_bytes = self.version_bytes
@@ -138,7 +120,6 @@ class WorkerTally:
         self.version_bytes += version_bytes
         self.stash_bytes += stash_bytes
         self.peak_bytes = max(self.peak_bytes, self.version_bytes + self.stash_bytes)
-        self.peak_stash_bytes = max(self.peak_stash_bytes, self.stash_bytes)
 
 
 @dataclass

@@ -120,32 +120,44 @@ class Columns:
             num_updates = np.maximum(num_updates, np.bincount(stages, minlength=num_stages))
         return cycle // np.maximum(num_updates, 1)
 
-    @cached_property
-    def needs(self) -> np.ndarray:
-        """For each action the positions of up to two others whose results it needs, or -1.
+    def inputs(self, turn: np.ndarray, span: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each action the positions of the two others whose results it may need.
 
-        A forward pass needs that of the stage before; a backward pass or its input part its own
-        forward pass and the backward pass of the next stage; a weight part its input part. What
-        is not among the actions counts as there.
+        A forward pass needs that of the stage before; a backward pass or its input part the
+        backward pass of the next stage and its own forward pass; a weight part its input part.
+
+        Args:
+            turn: for each action a number from 0 to `span`, the same for the same microbatch.
+            span: how many of them there are.
+
+        Returns:
+            Two rows, the second for the forward passes: the positions, -1 where there is no such
+            action; and whether one is needed at all.
         """
-        if not len(self):
-            return np.zeros((0, 2), np.int64)
-        first = self.microbatch.min()
-        num_stages, span = self.stage.max() + 1, self.microbatch.max() - first + 1
+        num_stages = int(self.stage.max(initial=-1)) + 1
         group = np.array([0, 1, 1, 2, 3])[self.kind]
         where = np.full((4, num_stages + 2, span), -1)
-        at = self.microbatch - first
-        where[group, self.stage + 1, at] = np.arange(len(self))
-        where[3] = -1  # nothing needs an update
+        where[group, self.stage + 1, turn] = np.arange(len(self))
         step = np.array([-1, 1, 1, 0, 0])[self.kind]
         wanted = np.array([0, 1, 1, 1, 3])[self.kind]
-        needs = np.stack([where[wanted, self.stage + 1 + step, at], where[0, self.stage + 1, at]])
-        needs[1, (self.kind != B) & (self.kind != I)] = -1
-        return needs.T
+        other = self.stage + step
+        found = np.stack([where[wanted, other + 1, turn], where[0, self.stage + 1, turn]])
+        beside = (self.kind != U) & (other >= 0) & (other < num_stages)
+        needed = np.stack([beside, (self.kind == B) | (self.kind == I)])
+        return np.where(needed, found, -1), needed
+
+    @property
+    def turns(self) -> tuple[np.ndarray, int]:
+        """Each action's microbatch, counted from the first one, and how many there are."""
+        first, last = self.microbatch.min(initial=0), self.microbatch.max(initial=0)
+        return self.microbatch - first, int(last - first) + 1
 
     def slots(self) -> np.ndarray:
-        """When each action starts if each takes one unit of time; -1 if it never can."""
-        needs = self.needs
+        """When each action starts if each takes one unit of time; -1 if it never can.
+
+        What is not among the actions counts as there.
+        """
+        needs = self.inputs(*self.turns)[0].T
         found = np.full(len(self) + 1, -1)
         found[-1] = -2  # what position -1 stands for: it is there before anything starts
         done = np.zeros(len(self) + 1, bool)

@@ -7,7 +7,7 @@ from heapq import heappop, heappush
 
 import numpy as np
 
-from pdjax.schedules.columns import B, Columns, I, U
+from pdjax.schedules.columns import Columns
 from pdjax.schedules.schedule import Action, Schedule, ScheduleError
 from pdjax.schedules.text import failure
 
@@ -66,9 +66,10 @@ class _Waits:
         columns = schedule.columns
         needs = needs_in_cycle(columns, schedule.cycle)
         at = np.indices(needs.shape)[1]
-        own = (columns.worker[needs] == columns.worker) & (needs >= 0) & (needs < at)
+        there = needs >= 0
+        own = there & (columns.worker[np.where(there, needs, 0)] == columns.worker) & (needs < at)
         waits = (needs != _EARLIER) & ~own
-        asked, asking = needs[waits & (needs >= 0)], at[waits & (needs >= 0)]
+        asked, asking = needs[waits & there], at[waits & there]
         by_asked = np.argsort(asked, kind="stable")
         first = np.searchsorted(asked[by_asked], np.arange(len(columns) + 1))
         return cls(
@@ -140,28 +141,14 @@ class _Waits:
 
 
 def needs_in_cycle(columns: Columns, cycle: int) -> np.ndarray:
-    """For each action of a cycle the positions of the two others whose results it needs.
-
-    The first row has that of a neighbouring stage or its input part, the second its forward pass.
+    """What `Columns.inputs` says of the actions of a cycle, the results of other cycles included.
 
     -2 stands for what an earlier cycle made, or for nothing; -1 for what no earlier one does.
     """
-    group = np.array([0, 1, 1, 2, 3])[columns.kind]
-    num_stages = int(columns.stage.max(initial=0)) + 1
-    turn = columns.microbatch % cycle
-    where = np.full((4, num_stages + 2, cycle), -1)
-    where[group, columns.stage + 1, turn] = np.arange(len(columns))
-    step = np.array([-1, 1, 1, 0, 0])[columns.kind]
-    wanted = np.array([0, 1, 1, 1, 3])[columns.kind]
-    neighbour = columns.stage + step
-    found = np.stack([where[wanted, neighbour + 1, turn], where[0, columns.stage + 1, turn]])
+    found, needed = columns.inputs(columns.microbatch % cycle, cycle)
     made = np.where(found >= 0, columns.microbatch[found], np.iinfo(np.int64).min)
     same, earlier = made == columns.microbatch, made > columns.microbatch
-    needs = np.where(same, found, np.where(earlier, _EARLIER, _NEVER))
-    free = (columns.kind == U) | (neighbour < 0) | (neighbour >= num_stages)
-    needs[0, free] = _EARLIER
-    needs[1, (columns.kind != B) & (columns.kind != I)] = _EARLIER
-    return needs
+    return np.where(needed & same, found, np.where(needed & ~earlier, _NEVER, _EARLIER))
 
 
 def _stuck(schedule: Schedule, missing: dict[int, int]) -> ScheduleError:

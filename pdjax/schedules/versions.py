@@ -133,36 +133,49 @@ def peak_versions(
         num_microbatches: microbatches in a minibatch.
         delay: what `delay_of` says.
     """
-    return max(versions_alive(worker, stage, rule, num_microbatches, delay), default=1)
+    columns = Columns.of([worker])
+    changes = version_changes(columns, rule, num_microbatches, delay)[columns.stage == stage]
+    return 1 + int(np.cumsum(changes).max(initial=0))
 
 
-def versions_alive(
-    worker: Sequence[Action],
-    stage: int,
-    rule: WeightRule,
-    num_microbatches: int = 1,
-    delay: int | None = None,
-) -> list[int]:
-    """After each action of a worker, how many versions of the weights of `stage` are alive.
+def version_changes(
+    columns: Columns, rule: WeightRule, num_microbatches: int = 1, delay: int | None = None
+) -> np.ndarray:
+    """By how many each action changes the versions of its stage's weights on its worker.
 
-    These are the newest, those that a stash holds and those that a forward pass is yet to read.
+    Alive are the newest one, those that a stash holds and those that a forward pass is yet to
+    read. An update adds one. A version is gone
+    after the last of these: the update that follows, the last backward pass that reads it, the
+    last forward pass that reads it or an older one.
+
+    Args:
+        columns: a schedule written out, beginning with nothing in flight.
+        rule: the rule.
+        num_microbatches: microbatches in a minibatch.
+        delay: what `delay_of` says.
     """
-    mine = [action for action in worker if action.stage == stage and action.kind == "F"]
-    coming = [max(0, a.microbatch // num_microbatches - (delay or 0)) for a in mine]
-    newest = num_forward = 0
-    stashed: dict[int, int] = {}
-    counts = []
-    for action in worker:
-        if action.stage == stage:
-            if action.kind == "U":
-                newest += 1
-            elif action.kind == "F":
-                stashed[action.microbatch] = newest if delay is None else coming[num_forward]
-                num_forward += 1
-            elif action.kind in ("B", "W"):
-                stashed.pop(action.microbatch, None)
-        kept = set(stashed.values()) if rule.backward == "stashed" else set()
-        if delay is not None and num_forward < len(coming):
-            kept |= set(range(coming[num_forward], newest))
-        counts.append(len(kept | {newest}))
-    return counts
+    changes = (columns.kind == U).astype(np.int64)
+    place = columns.worker * (columns.stage.max(initial=0) + 1) + columns.stage
+    sizes = np.bincount(place, weights=changes).astype(np.int64) + 1  # versions at each place
+    first = np.cumsum(sizes) - sizes
+    gone = np.full(int(sizes.sum()), -1)
+
+    def until(at: np.ndarray, version: np.ndarray) -> None:
+        slot = first[place[at]] + np.minimum(version, sizes[place[at]] - 1)
+        np.maximum.at(gone, slot, at)
+
+    newest = newest_versions(columns)
+    if delay is not None:
+        forwards = np.flatnonzero(columns.kind == F)
+        until(forwards, np.maximum(columns.microbatch[forwards] // num_microbatches - delay, 0))
+        for start, stop in zip(first, first + sizes, strict=True):
+            np.maximum.accumulate(gone[start:stop], out=gone[start:stop])
+    if rule.backward == "stashed":
+        read = versions_read(columns, rule, num_microbatches, delay)
+        last = np.isin(columns.kind[read.at], (B, W))
+        until(read.at[last], read.forward[last])
+    updates = np.flatnonzero(changes)
+    until(updates, newest[updates])
+    gone[first + sizes - 1] = -1  # the newest one stays
+    np.subtract.at(changes, gone[gone >= 0], 1)
+    return changes

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pdjax.schedules import Schedule
-from pdjax.schedules.columns import B, Columns, F, I, U, W
-from pdjax.schedules.versions import delay_of, newest_versions, versions_read
+from pdjax.schedules.columns import B, Columns, F, I
+from pdjax.schedules.versions import delay_of, version_changes
 from pdjax.simulator.stage_cost import StageCost, check_costs
 from pdjax.weights import LATEST, WeightRule
 
@@ -94,49 +94,6 @@ def holding_of(
         (activations != 0) | (weights != 0),
         initial,
     )
-
-
-def version_changes(
-    columns: Columns, rule: WeightRule, num_microbatches: int = 1, delay: int | None = None
-) -> np.ndarray:
-    """By how many each action changes the versions of its stage's weights on its worker.
-
-    Alive are the newest one, those that a stash holds and those that a forward pass is yet to
-    read, as in `pdjax.schedules.versions.versions_alive`. An update adds one. A version is gone
-    after the last of these: the update that follows, the last backward pass that reads it, the
-    last forward pass that reads it or an older one.
-
-    Args:
-        columns: a schedule written out, beginning with nothing in flight.
-        rule: the rule.
-        num_microbatches: microbatches in a minibatch.
-        delay: what `delay_of` says.
-    """
-    changes = (columns.kind == U).astype(np.int64)
-    place = columns.worker * (columns.stage.max(initial=0) + 1) + columns.stage
-    sizes = np.bincount(place, weights=changes).astype(np.int64) + 1  # versions at each place
-    first = np.cumsum(sizes) - sizes
-    gone = np.full(int(sizes.sum()), -1)
-
-    def until(at: np.ndarray, version: np.ndarray) -> None:
-        slot = first[place[at]] + np.minimum(version, sizes[place[at]] - 1)
-        np.maximum.at(gone, slot, at)
-
-    newest = newest_versions(columns)
-    if delay is not None:
-        forwards = np.flatnonzero(columns.kind == F)
-        until(forwards, np.maximum(columns.microbatch[forwards] // num_microbatches - delay, 0))
-        for start, stop in zip(first, first + sizes, strict=True):
-            np.maximum.accumulate(gone[start:stop], out=gone[start:stop])
-    if rule.backward == "stashed":
-        read = versions_read(columns, rule, num_microbatches, delay)
-        last = np.isin(columns.kind[read.at], (B, W))
-        until(read.at[last], read.forward[last])
-    updates = np.flatnonzero(changes)
-    until(updates, newest[updates])
-    gone[first + sizes - 1] = -1  # the newest one stays
-    np.subtract.at(changes, gone[gone >= 0], 1)
-    return changes
 
 
 def _running(steps: np.ndarray, columns: Columns) -> np.ndarray:

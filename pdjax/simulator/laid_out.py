@@ -135,7 +135,8 @@ class LaidOut:
         """1 for each task that needs what its own worker has not done before it."""
         found = np.zeros(len(self.lane), np.int64)
         columns = self.columns
-        for need, kinds in zip(columns.needs.T, ((W,), (B, I)), strict=True):
+        needs, _ = columns.inputs(*columns.turns)
+        for need, kinds in zip(needs, ((W,), (B, I)), strict=True):
             at = np.flatnonzero(np.isin(columns.kind, kinds) & (need >= 0))
             worker = columns.worker[need[at]] == columns.worker[at]
             found[at[~worker | (need[at] > at)]] = 1
