@@ -32,7 +32,7 @@ from pdjax.arguments import (
 from pdjax.differentiate import Remat
 from pdjax.errors import BrokenPipelineError, NonFiniteLossError
 from pdjax.memory import Counts, StageMemory, count, stage_memory
-from pdjax.origins import Origin, gather
+from pdjax.origins import gather, origins_of
 from pdjax.planner import Plan
 from pdjax.prepare import Prepared, profile_model
 from pdjax.profile import Profile
@@ -262,11 +262,13 @@ class Pipeline:
         """Traces, plans, compiles and places the model.
 
         Args:
-            params: pytree of parameters. It is copied.
+            params: pytree of parameters, which is copied; or a function without arguments that
+                makes it, such as ``lambda: model.init(key, x)["params"]``. Each stage then makes
+                its own, on its own device, and nowhere are all of them at once.
             batch: a minibatch, or its shapes; later ones must have the same structure, and may
                 have other shapes.
             model_state: mutable collections such as BatchNorm statistics, if `loss_fn` takes
-                them. They are copied.
+                them; or a function that makes them.
             rng: the base random key, `jax.random.key(0)` if not given. Microbatch number k,
                 counted from the first step on, gets ``jax.random.fold_in(rng, k)``, whatever the
                 schedule and the number of stages.
@@ -278,9 +280,7 @@ class Pipeline:
         rng = jax.random.key(0) if rng is None else rng
         check_rng(rng)
         prepared = Prepared(self._settings, params, batch, model_state, rng)
-        training = _Training(
-            prepared, jax.tree.map(Origin.of, params), jax.tree.map(Origin.of, model_state)
-        )
+        training = _Training(prepared, origins_of(params), origins_of(model_state))
         self._latest = training
         _log.info("schedule %s\n%s", self.schedule.name, self.plan)
         return PipelineState(self, training, prepared.start(params, model_state), 0)
@@ -290,7 +290,8 @@ class Pipeline:
 
         Args:
             state: what `init`, or the step before, returned. It cannot be used again.
-            batch: pytree of arrays. They are copied.
+            batch: pytree of arrays. They are copied. Where stages are in several processes, leaves
+                that no stage of this process reads (see `reads`) may be shapes.
 
         Returns:
             The new state, and the metrics of this minibatch: ``"loss"``, and those of `loss_fn`
@@ -410,15 +411,15 @@ class Pipeline:
         """
         training = self._training_of(state)
         self._check_losses(training, at_most=0)
-        weights = training.prepared.weights(state.run)
         with _breaking_on_errors(training, state.step, Exception):
+            weights = training.prepared.weights.everywhere(state.run)
             return gather(training.param_origins, weights)
 
     def model_state(self, state: PipelineState) -> Any:
         """A copy of the mutable state, in the structure that `init` was given."""
         training = self._training_of(state)
-        model = training.prepared.model(state.run)
         with _breaking_on_errors(training, state.step, Exception):
+            model = training.prepared.model.everywhere(state.run)
             return gather(training.model_state_origins, model)
 
     def stage_of_parameters(self) -> Any:
@@ -431,6 +432,13 @@ class Pipeline:
         homes = training.prepared.split.homes
         leaves = [stages[0] if len(stages) == 1 else stages for stages in homes]
         return jax.tree.unflatten(jax.tree.structure(training.param_origins), leaves)
+
+    def reads(self) -> Any:
+        """For each batch leaf whether this process needs it, in the structure of the batch.
+
+        Where stages are in several processes, each reads only what its own stages read.
+        """
+        return self._last_training().prepared.reads
 
     @property
     def plan(self) -> Plan:

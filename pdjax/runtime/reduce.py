@@ -36,6 +36,7 @@ class AllReduce:
         mean: bool = False,
     ) -> None:
         self._devices = [next(iter(placement.device_set)) for placement in placements]
+        self._here = [device.process_index == jax.process_index() for device in self._devices]
         self._shapes = tuple(shapes)
         mesh = Mesh(np.array(self._devices), (_AXIS,))
         self._sharding = NamedSharding(mesh, PartitionSpec(_AXIS))
@@ -77,24 +78,36 @@ class AllReduce:
         size = sum(s.size * s.dtype.itemsize for s in self._shapes)
         return round(2 * (len(self._devices) - 1) / len(self._devices) * size)
 
-    def __call__(self, parts: Sequence[Values | None]) -> list[Values]:
+    def __call__(self, parts: Sequence[Values | None]) -> list[Values | None]:
         """The sum on each replica.
 
+        Where replicas are in other processes, these must call it, too, in the same order as what
+        else replicas in both of them sum up.
+
         Args:
-            parts: the arrays of each replica, where it is; None for one that has none.
+            parts: the arrays of each replica, where it is; None for one that has none, or is in
+                another process.
+
+        Returns:
+            The sums; None for replicas in other processes.
         """
         given = [
             self._lengthened(at, self._zeros[at]() if part is None else part)
             for at, part in enumerate(parts)
+            if self._here[at]
         ]
         whole = tuple(self._joined(column) for column in zip(*given, strict=True))
         sums = self._run(whole)
-        found = [[] for _ in parts]
+        found: list[list[Any]] = [[] for _ in parts]
         for array in sums:
             by_device = {shard.device: shard.data for shard in array.addressable_shards}
             for at, device in enumerate(self._devices):
-                found[at].append(by_device[device])
-        return [self._shortened(at, tuple(values)) for at, values in enumerate(found)]
+                if self._here[at]:
+                    found[at].append(by_device[device])
+        return [
+            self._shortened(at, tuple(values)) if here else None
+            for at, (values, here) in enumerate(zip(found, self._here, strict=True))
+        ]
 
     def _lengthened(self, replica: int, values: Values) -> list[Any]:
         lengthened = list(values)
@@ -115,7 +128,7 @@ class AllReduce:
 
     def _joined(self, shards: Sequence[jax.Array]) -> jax.Array:
         shape = shards[0].shape
-        length = shape[0] * len(shards)
+        length = shape[0] * len(self._devices)
         return jax.make_array_from_single_device_arrays(
             (length, *shape[1:]), self._sharding, list(shards)
         )
@@ -140,6 +153,10 @@ class MeanOfState:
 
     def __call__(self, states: Sequence[StageState]) -> None:
         """Replaces the leaves of all replicas by their mean."""
-        parts = [tuple(state.model[i] for i in self._indices) for state in states]
+        parts = [
+            tuple(state.model[i] for i in self._indices) if state.model else None
+            for state in states
+        ]
         for state, means in zip(states, self._mean(parts), strict=True):
-            state.model.update(zip(self._indices, means, strict=True))
+            if means is not None:
+                state.model.update(zip(self._indices, means, strict=True))
