@@ -44,6 +44,9 @@ WITHOUT_JAX = [
     "pdjax.weights",
     "pdjax.figures",
     "pdjax.config",
+    "pdjax.distributed",
+    "pdjax.distributed.mesh",
+    "pdjax.distributed.rendezvous",
 ]
 
 

@@ -1,0 +1,136 @@
+"""How JAX is told of other processes, and what is private in it and needed for that."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax._src import clusters, distributed, xla_bridge
+
+_SHUTDOWN_TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class Detected:
+    """What JAX finds out about the processes of a cluster.
+
+    Attributes:
+        coordinator: HOST:PORT of process 0.
+        local_device_ids: the devices for this process; None for all of this host.
+    """
+
+    coordinator: str
+    num_processes: int
+    process_id: int
+    local_device_ids: list[int] | None
+
+
+def detect(timeout_s: float) -> Detected | None:
+    """Asks JAX what Slurm, Open MPI, Kubernetes or the TPU pod say; None if there is none."""
+    found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        None, None, None, None, None, int(timeout_s)
+    )
+    coordinator, num_processes, process_id, local_device_ids = found
+    if coordinator is None or num_processes is None or process_id is None:
+        return None
+    ids = None if local_device_ids is None else list(local_device_ids)
+    return Detected(coordinator, num_processes, process_id, ids)
+
+
+def is_in_cluster() -> bool:
+    """Whether Slurm, Open MPI, Kubernetes or a TPU pod started this process; asks no server."""
+    kinds = clusters.ClusterEnv._cluster_types
+    return any(kind.is_env_present() for kind in kinds if not kind.opt_in_only_method)
+
+
+def has_started_backends() -> bool:
+    """Whether JAX was used already, so that it is too late to tell it of other processes."""
+    return xla_bridge.backends_are_initialized()
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What JAX is told of the processes.
+
+    Attributes:
+        coordinator: HOST:PORT at which this process reaches JAX's service.
+    """
+
+    coordinator: str
+    num_processes: int
+    process_id: int
+
+
+def is_initialized() -> bool:
+    """Whether JAX has been told of other processes."""
+    return jax.distributed.is_initialized()
+
+
+def initialize(
+    joined: Joined,
+    local_device_ids: Sequence[int] | None,
+    bind_address: str | None,
+    timeout_s: float,
+) -> None:
+    """Tells JAX of the processes; starts its service in process 0.
+
+    Args:
+        joined: how this process takes part.
+        local_device_ids: the devices of this host that it uses; None for all.
+        bind_address: where the service listens; None for all addresses of the host.
+        timeout_s: seconds to wait for the others.
+
+    Raises:
+        Exception: whatever JAX raises if it cannot start.
+    """
+    # JAX's answer to SIGTERM would be to note it and live on, until the program asks about it.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        joined.coordinator,
+        joined.num_processes,
+        joined.process_id,
+        local_device_ids,
+        cluster_detection_method="deactivate",
+        initialization_timeout=max(int(timeout_s), 1),
+        shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT_S,
+        coordinator_bind_address=bind_address,
+    )
+
+
+def shutdown() -> None:
+    """Waits until all processes do the same, and ends JAX's service."""
+    jax.distributed.shutdown()
+
+
+def joined() -> Joined:
+    """How this process was told to take part; `jax.distributed.initialize` was called."""
+    state = distributed.global_state
+    assert state.coordinator_address is not None
+    return Joined(state.coordinator_address, state.num_processes, state.process_id)
+
+
+def exchange(key: str, value: Any, timeout_s: float) -> list[Any]:
+    """Tells all processes a value, through JAX's own store; returns all, in order of process.
+
+    Raises:
+        TimeoutError: if one has not told its value in time.
+    """
+    client = distributed.global_state.client
+    assert client is not None
+    state = joined()
+    deadline = time.monotonic() + timeout_s
+    client.key_value_set(f"{key}/{state.process_id}", json.dumps(value))
+    values = []
+    for number in range(state.num_processes):
+        remaining_ms = max(int((deadline - time.monotonic()) * 1000), 1)
+        try:
+            values.append(
+                json.loads(client.blocking_key_value_get(f"{key}/{number}", remaining_ms))
+            )
+        except jax.errors.JaxRuntimeError as error:
+            raise TimeoutError(f"process {number} of {state.num_processes}") from error
+    return values

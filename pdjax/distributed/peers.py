@@ -1,0 +1,112 @@
+"""The processes of a run, as one of them sees the others."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from pdjax.distributed.members import Member
+from pdjax.distributed.mesh import Mesh
+
+_FOLLOW_UP_S = 0.5
+_TELL_S = 1.0
+
+
+class Peers:
+    """All processes of a run; made by `pdjax.distributed.initialize`.
+
+    While it stands, a process that is killed, hangs or cannot be reached ends all others within
+    `lost_peer_timeout_s`, with a message on standard error and exit code 1. May be used from
+    several threads.
+
+    Attributes:
+        process_id: which process this is, from 0.
+        num_processes: how many there are.
+        hosts: for each process, the name of its host.
+        has_failed: whether this process has told the others that it ends before its time.
+    """
+
+    def __init__(self, members: Sequence[Member], own_id: int, mesh: Mesh) -> None:
+        self.process_id = own_id
+        self.num_processes = len(members)
+        self.hosts = tuple(member.host for member in members)
+        self._mesh = mesh
+        self._turn = 0
+        self._turns = threading.Lock()
+        self.has_failed = False
+        self._closed = False
+
+    def exchange(self, about: str, value: Any) -> list[Any]:
+        """Tells all processes a value; waits for theirs; returns all, in order of process.
+
+        The n-th call of each process meets the n-th of every other, so all must make the same calls
+        in the same order. It is a barrier.
+
+        Args:
+            about: what is exchanged, for messages; it must be the same everywhere.
+            value: anything that JSON has a form for; tuples come back as lists.
+
+        Raises:
+            ValueError: if JSON has no form for the value.
+            ClusterError: if the processes are at different calls, or one of them has ended.
+        """
+        try:
+            plain = json.loads(json.dumps(value))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"cannot exchange {about!r}: expected what JSON has a form for, such as numbers, "
+                f"texts, lists and dictionaries with texts as keys ({error})."
+            ) from error
+        with self._turns:
+            turn, self._turn = self._turn, self._turn + 1
+            message = {"turn": turn, "about": about, "value": plain}
+            self._mesh.exchanges.hear(self.process_id, message)
+            self._mesh.post(message)
+            return self._mesh.exchanges.wait(turn, about)
+
+    def describe(self, stages: str) -> None:
+        """Says what this process runs, for the messages of the others if it is lost.
+
+        Args:
+            stages: such as "stage 1: block_2 … head".
+        """
+        self._mesh.standings[self.process_id].stages = stages
+        self._mesh.post({"stages": stages})
+
+    def completed(self, num_minibatches: int) -> None:
+        """Says how many minibatches this process has completed; costs next to nothing."""
+        self._mesh.standings[self.process_id].num_minibatches = num_minibatches
+
+    def fail(self, reason: str) -> None:
+        """Tells the others that this process ends before its time; they end, too.
+
+        If that is only what follows from the loss of another process, the message about that one
+        ends this process here, as if `fail` had not been called.
+
+        Args:
+            reason: in words, such as "ValueError: the batch is empty".
+        """
+        if self._closed:
+            return
+        if self._mesh.wait_for_end(_FOLLOW_UP_S):
+            return
+        self._closed = self.has_failed = True
+        self._mesh.turn_deaf()
+        own = self._mesh.standings[self.process_id]
+        self._mesh.post({"failed": f"failed: {reason}", "alive": own.num_minibatches})
+        self._mesh.drain(_TELL_S)
+        self._mesh.stop()
+
+    def close(self) -> None:
+        """Says goodbye: this process has done its part; then waits until all others have, too.
+
+        A loss among those who still work ends this process, too, as long as it waits.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._mesh.say_goodbye()
+        self._mesh.wait_for_goodbyes()
+        self._mesh.stop()
