@@ -21,6 +21,7 @@ from pdjax.distributed.exchanges import Exchanges
 from pdjax.distributed.frames import ForeignError, Link, Message, encode
 from pdjax.distributed.loss import Loss, Standing, explain, explain_given_up
 from pdjax.distributed.members import Member
+from pdjax.distributed.rendezvous import is_loopback
 
 _BEATS = 10  # in the time after which a silent process is lost
 _SILENT_PART = 0.7  # of that time; the rest is for telling the others, and for ending
@@ -40,6 +41,7 @@ class Mesh:
     Attributes:
         standings: what is known of each process.
         exchanges: what they tell each other in turn.
+        address: the IP address by which others reach this process.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Mesh:
         self.exchanges = Exchanges(self.standings, own_id)
         self._own_id = own_id
         self._links = dict(links)
+        self.address = _outermost([link.own_address for link in links.values()])
         self._on_lost = on_lost
         self._silence_s = members[own_id].lost_peer_timeout_s * _SILENT_PART
         # Everybody beats as often as the least patient expects.
@@ -301,3 +304,10 @@ def _close_in_children(mesh: Mesh) -> None:
 
 def _traceback() -> str:
     return traceback.format_exc()
+
+
+def _outermost(addresses: Sequence[str]) -> str:
+    """Of the addresses of a host's own ends one that other hosts reach, if there is one."""
+    plain = [address.removeprefix("::ffff:") for address in addresses]
+    outer = [address for address in plain if address and not is_loopback(address)]
+    return outer[0] if outer else "127.0.0.1"

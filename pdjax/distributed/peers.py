@@ -25,6 +25,7 @@ class Peers:
         process_id: which process this is, from 0.
         num_processes: how many there are.
         hosts: for each process, the name of its host.
+        address: the IP address by which the others reach this process.
         has_failed: whether this process has told the others that it ends before its time.
     """
 
@@ -32,6 +33,7 @@ class Peers:
         self.process_id = own_id
         self.num_processes = len(members)
         self.hosts = tuple(member.host for member in members)
+        self.address = mesh.address
         self._mesh = mesh
         self._turn = 0
         self._turns = threading.Lock()
