@@ -36,9 +36,9 @@ from pdjax.origins import gather, origins_of
 from pdjax.planner import Plan
 from pdjax.prepare import Prepared, profile_model
 from pdjax.profile import Profile
+from pdjax.runtime import recorder as recording
 from pdjax.runtime.executor import Executor
 from pdjax.runtime.placed import Values
-from pdjax.runtime.recorder import Recorder
 from pdjax.runtime.state import Run
 from pdjax.schedules import Schedule
 from pdjax.settings import Settings
@@ -502,17 +502,22 @@ class Pipeline:
         """Measures when every program of the steps inside the ``with`` runs.
 
         `state` is that of the first of these steps; it is only looked at. Leaving the ``with``
-        waits for all of them; `timeline` then tells. Recording costs a little time.
+        waits for all of them; `timeline` then tells, in every process. Recording costs a little
+        time.
         """
-        executor = self._training_of(state).prepared.executor
+        prepared = self._training_of(state).prepared
+        executor = prepared.executor
         weights = [held.weights[0] for held in state.run.stages if held.weights]
-        recorder = Recorder(executor.schedule, weights)
+        recorder = recording.Recorder(executor.schedule, weights)
         executor.observer = recorder.observe
         try:
             yield
         finally:
             executor.observer = None
-            self._timeline = recorder.finish()
+            events = recorder.finish()
+            if prepared.peers is not None:
+                events = recording.gather(prepared.peers, events)
+            self._timeline = recording.timeline_of(prepared.schedule, events)
 
     def timeline(self) -> Timeline:
         """When every program ran during the last `record`."""
@@ -566,6 +571,8 @@ class Pipeline:
             with _breaking_on_errors(training, step, Exception):
                 value = loss.item()
             losses.popleft()
+            if training.prepared.peers is not None:
+                training.prepared.peers.completed(step + 1)
             if self._raises and not math.isfinite(value):
                 losses.clear()  # said once; what came after it is no news
                 raise NonFiniteLossError(

@@ -73,6 +73,10 @@ class Prepared:
         split: the loss function, cut into stages.
         update: the optimizer, cut into stages.
         executor: dispatches steps.
+        peers: the processes that the stages are in; None if all are in this one.
+        transport: how values travel between places.
+        weights: the parameters.
+        model: the mutable state.
     """
 
     def __init__(
@@ -88,8 +92,11 @@ class Prepared:
         self.comparison, self._remat = decided.comparison, decided.remat
         placements = settings.placements
         self.places = Places.of(self.schedule)
+        self.peers = peers
         self.transport = make_transport(placements, peers)
         self._here = self.transport.here
+        if peers is not None:
+            peers.describe(self._stages_here())
         self._keys = self._everywhere(rng)
         self._passes: dict[Any, Passes] = {}
         self._known: dict[Any, Passes] = {}
@@ -116,6 +123,15 @@ class Prepared:
             Intake(placement, keeps_in_place=self.schedule.flushes) for placement in placements
         ]
         self._passes[self._spec.signature] = self._compile(self._spec, self.split)
+
+    def _stages_here(self) -> str:
+        """What this process runs, in words."""
+        pairs = zip(self.places.stage_of, self._here, strict=True)
+        said = []
+        for stage in sorted({stage for stage, here in pairs if here}):
+            names = self.plan.stage_layers(stage)
+            said.append(f"stage {stage}: {names[0]}" + f" … {names[-1]}" * (len(names) > 1))
+        return "; ".join(said) or "no stage"
 
     def _find_holdings(self) -> tuple[Holdings, Holdings]:
         """The parameters, and the mutable state."""

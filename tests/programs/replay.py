@@ -23,7 +23,10 @@ from pdjax import distributed, schedules  # noqa: E402
 def run(spec):
     case = zoo.dense_blocks(num_blocks=4, dropout=0.2).double()
     make = getattr(schedules, spec["schedule"])
-    schedule = make(*spec["sizes"], **{k: tuple(v) if isinstance(v, list) else v for k, v in spec["options"].items()})
+    schedule = make(
+        *spec["sizes"],
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in spec["options"].items()},
+    )
     optimizer = optax.adam(1e-2, eps=1e-3)
     if spec.get("clip"):
         optimizer = optax.chain(optax.clip_by_global_norm(0.1), optimizer)
@@ -39,7 +42,10 @@ def run(spec):
         losses.append(metrics["loss"])
     state = pipe.drain(state)
     evaluated = pipe.evaluate(state, case.make_batch(4, 99), num_microbatches=2)
-    found = {"losses": np.asarray([float(x) for x in losses]), "eval": np.asarray(float(evaluated["loss"]))}
+    found = {
+        "losses": np.asarray([float(x) for x in losses]),
+        "eval": np.asarray(float(evaluated["loss"])),
+    }
     for number, leaf in enumerate(jax.tree.leaves(pipe.params(state))):
         found[f"param {number}"] = np.asarray(leaf)
     return found
