@@ -145,6 +145,16 @@ def test_evaluation_in_microbatches(schedule, num_microbatches):
     chex.assert_trees_all_close(metrics["loss"], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("num_microbatches", [1, 3])
+def test_evaluation_on_a_single_stage(num_microbatches):
+    pipe = make(num_stages=1, num_microbatches=1)
+    batch = CASE.make_batch(6, 5)
+    state = pipe.init(CASE.params, CASE.make_batch(4, 0))
+    metrics = pipe.evaluate(state, batch, num_microbatches=num_microbatches)
+    expected = CASE.loss_fn(CASE.params, batch, KEY)
+    chex.assert_trees_all_close(metrics["loss"], expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("num_microbatches", [1, 2, 4])
 def test_metrics_of_evaluation_in_microbatches(num_microbatches):
     """Means are averaged by weight, counts summed, rows concatenated, constants kept."""

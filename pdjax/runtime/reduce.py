@@ -62,6 +62,8 @@ class AllReduce:
 
     def lowerings(self) -> Iterator[Callable[[], Any]]:
         """Functions that lower the programs that every call runs."""
+        if not self._shapes:
+            return
         count = len(self._devices)
         whole = tuple(
             jax.ShapeDtypeStruct(
@@ -83,6 +85,8 @@ class AllReduce:
         Args:
             parts: the arrays of each replica, where it is; None for one that has none.
         """
+        if not self._shapes:
+            return [() for _ in parts]
         given = [
             self._lengthened(at, self._zeros[at]() if part is None else part)
             for at, part in enumerate(parts)
