@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -161,6 +161,11 @@ class Prepared:
                 )
         return found
 
+    def _reduce_lowerings(self) -> Iterator[Callable[[], Any]]:
+        for reduces in self._reduces.values():
+            for reduce in filter(None, reduces):
+                yield from reduce.lowerings()
+
     def _averages_state(self) -> bool:
         if self._settings.state_update == "microbatch" or self.schedule.num_microbatches == 1:
             return False
@@ -223,7 +228,8 @@ class Prepared:
         )
         key = jax.ShapeDtypeStruct(jnp.shape(self._key), self._key.dtype)
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            done = [pool.submit(lower().compile) for lower in passes.lowerings(key)]
+            lowerings = [*passes.lowerings(key), *self._reduce_lowerings()]
+            done = [pool.submit(lower().compile) for lower in lowerings]
         for compiled in done:
             compiled.result()
         return passes

@@ -263,6 +263,31 @@ def test_moving_averages_are_averaged_over_replicas():
     assert int(found["count"]) == 1
 
 
+@pytest.mark.parametrize("name", ["one_f_one_b", "pipedream"])
+def test_init_compiles_all_that_steps_and_drains_run(name, compilations):
+    """Sums of scalars, means of mutable state and broken off rounds included.
+
+    All but what divides the batch on the three workers that read it, and the mean of the losses.
+    """
+
+    def loss_fn(params, state, batch):
+        hidden = jnp.tanh(params["scale"] * (batch["x"] @ params["a"]))
+        loss = jnp.mean((hidden @ params["b"]) ** 2)
+        return loss, {"mean": 0.9 * state["mean"] + 0.1 * hidden.mean()}
+
+    schedule = getattr(schedules, name)(2, 4 if name == "one_f_one_b" else 1, replicas=(3, 1))
+    rng = np.random.default_rng(0)
+    params = {"a": rng.normal(size=(3, 3)), "b": rng.normal(size=(3, 3)), "scale": np.float64(1)}
+    batch = {"x": rng.normal(size=(4, 3))}
+    pipe = pdjax.Pipeline(loss_fn, OPTIMIZER, schedule=schedule)
+    state = pipe.init(params, batch, model_state={"mean": np.float64(0)})
+    compilations.clear()
+    for _ in range(4):  # the second round of PipeDream is broken off
+        state, _ = pipe.step(state, batch)
+    pipe.drain(state)
+    assert len(compilations) == (3 + 1 if name == "one_f_one_b" else 3)
+
+
 def replicated_plan() -> pdjax.Plan:
     """The first half takes twice as long, the second has weights that take long to synchronise."""
     rows = [(2e-3, 4e-3, 4.0, 8.0)] * 2 + [(1e-3, 2e-3, 4.0, 8e7)] * 2
