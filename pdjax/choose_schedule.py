@@ -6,13 +6,12 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from pdjax.automatic import local_topology, measured_profile
+from pdjax.automatic import find_profile, local_topology
 from pdjax.batches import BatchSpec
 from pdjax.choose_plan import make_plan, optimizer_ratio
 from pdjax.graph import LayerGraph
 from pdjax.optimizer import split_update
 from pdjax.planner import Plan
-from pdjax.profiler import check_profile
 from pdjax.schedules import ALGORITHMS, find_algorithm
 from pdjax.settings import Settings
 from pdjax.simulator import Comparison, choose, compare
@@ -46,12 +45,7 @@ def choose_schedule(
     count = settings.num_microbatches
     devices = tuple(next(iter(placement.device_set)) for placement in settings.placements)
     topology = settings.topology or local_topology(devices)
-    if settings.profile is None:
-        profile = measured_profile(graph, devices[0], spec.size // count, microbatch)
-    else:
-        profile = check_profile(
-            settings.profile, graph, batch_size=spec.size // count, device=devices[0]
-        )
+    profile = find_profile(settings.profile, graph, devices[0], spec.size // count, microbatch)
     figures = replace(settings, topology=topology, profile=profile)
     plan = make_plan(replace(figures, schedule="one_f_one_b"), graph, spec, params, microbatch)
     names = [name for name in ALGORITHMS if _is_allowed(settings, name)]
