@@ -75,7 +75,7 @@ def automatic_plan(
             f"{len(devices)} devices: {list(devices)}. Give a topology of these, or plan for "
             "other machines with 'python -m pdjax.plan'."
         )
-    alone = options.num_stages == 1 or len(devices) == 1
+    alone = (options.num_stages == 1 and options.straight) or len(devices) == 1
     if alone and topology is None:  # no link matters, but memory may
         topology = Topology.local(devices, bandwidth_bytes_per_s=ALONE_BYTES_PER_S)
     if alone and topology is not None and not topology.memory_bytes:
