@@ -19,6 +19,7 @@ from pdjax.automatic import measured_profile
 from pdjax.batches import BatchSpec, appearance, check_structure, concatenation_axes, describe_batch
 from pdjax.choose_plan import make_plan, remat_of
 from pdjax.choose_schedule import choose_schedule
+from pdjax.compiled_costs import compiled_costs
 from pdjax.graph import LayerGraph, build_graph
 from pdjax.optimizer import UpdateSplit, init_program, split_update
 from pdjax.profile import Profile
@@ -38,7 +39,6 @@ from pdjax.schedules.versions import delay_of, peak_versions
 from pdjax.settings import Settings, make_schedule, place_stages
 from pdjax.simulator import Comparison, StageCost
 from pdjax.split import StageSplit, split
-from pdjax.stage_costs import stage_costs
 from pdjax.trees import own_copy, place
 
 _log = logging.getLogger("pdjax")
@@ -251,7 +251,7 @@ class Prepared:
 
     def stage_costs(self, profile: Profile) -> tuple[StageCost, ...]:
         """What the stages cost, with the seconds of a profile."""
-        return stage_costs(self.passes, self._updates, self.plan, profile)
+        return compiled_costs(self.passes, self._updates, self.plan, self._remat, profile)
 
     @property
     def passes(self) -> Passes:
