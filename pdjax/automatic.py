@@ -75,15 +75,12 @@ def automatic_plan(
             f"{len(devices)} devices: {list(devices)}. Give a topology of these, or plan for "
             "other machines with 'python -m pdjax.plan'."
         )
-    alone = options.num_stages == 1 or len(devices) == 1
+    alone = (options.num_stages == 1 and options.straight) or len(devices) == 1
     if alone and topology is None:  # no link matters, but memory may
         topology = Topology.local(devices, bandwidth_bytes_per_s=ALONE_BYTES_PER_S)
     if alone and topology is not None and not topology.memory_bytes:
         return Plan(graph.names, (0,), (1.0,), model_fingerprint(graph))
-    if machines.profile is None:
-        profile = measured_profile(graph, devices[0], batch_size, batch)
-    else:
-        profile = check_profile(machines.profile, graph, batch_size=batch_size, device=devices[0])
+    profile = find_profile(machines.profile, graph, devices[0], batch_size, batch)
     return plan_pipeline(profile, topology or local_topology(devices), options)
 
 
@@ -92,6 +89,27 @@ def local_topology(devices: Sequence[Any]) -> Topology:
     if len(devices) == 1:  # no link matters
         return Topology.local(devices, bandwidth_bytes_per_s=ALONE_BYTES_PER_S)
     return Topology.local(devices, bandwidth_bytes_per_s=_measured_bandwidth(devices))
+
+
+def find_profile(
+    given: Profile | None, graph: LayerGraph, device: Any, batch_size: int, batch: Any
+) -> Profile:
+    """The model's profile: the one that was given, made fit for these microbatches, or a measured.
+
+    Args:
+        given: a profile; None if there is none.
+        graph: the model, traced for one microbatch.
+        device: where to measure, or what the profile must be for.
+        batch_size: examples in a microbatch.
+        batch: a microbatch, for the measurement; None to make one up.
+
+    Raises:
+        ValueError: if the profile is for another model or device, or for no batch size that is
+            known.
+    """
+    if given is None:
+        return measured_profile(graph, device, batch_size, batch)
+    return check_profile(given, graph, batch_size=batch_size, device=device)
 
 
 def measured_profile(graph: LayerGraph, device: Any, batch_size: int, batch: Any) -> Profile:

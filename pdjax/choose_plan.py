@@ -10,14 +10,13 @@ import jax
 import optax
 
 from pdjax.arguments import for_each_stage
-from pdjax.automatic import Machines, automatic_plan, measured_profile
+from pdjax.automatic import Machines, automatic_plan, find_profile
 from pdjax.batches import BatchSpec
 from pdjax.bookkeeping import inseparable_by_state, inseparable_by_ties
 from pdjax.differentiate import Remat
 from pdjax.errors import PdjaxWarning
 from pdjax.graph import LayerGraph, model_fingerprint
 from pdjax.planner import Plan, PlanOptions, balanced_plan, manual_plan
-from pdjax.profiler import check_profile
 from pdjax.schedules import ALGORITHMS, Schedule, find_algorithm
 from pdjax.settings import Settings
 
@@ -60,8 +59,7 @@ def make_plan(
 def _equal_chunks(settings: Settings, graph: LayerGraph, batch_size: int, microbatch: Any) -> Plan:
     """Stages that take equally long by what is measured: the planner knows one stage a worker."""
     device = next(iter(settings.placements[0].device_set))
-    profile = settings.profile or measured_profile(graph, device, batch_size, microbatch)
-    check_profile(profile, graph, batch_size=batch_size, device=device)
+    profile = find_profile(settings.profile, graph, device, batch_size, microbatch)
     assert settings.num_stages is not None, "known where workers run several stages"
     return balanced_plan(
         graph.names,

@@ -6,19 +6,20 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from pdjax.automatic import local_topology, measured_profile
+from pdjax.automatic import find_profile, local_topology
 from pdjax.batches import BatchSpec
 from pdjax.choose_plan import make_plan, optimizer_ratio
 from pdjax.graph import LayerGraph
 from pdjax.optimizer import split_update
 from pdjax.planner import Plan
-from pdjax.profiler import check_profile
 from pdjax.schedules import ALGORITHMS, find_algorithm
 from pdjax.settings import Settings
 from pdjax.simulator import Comparison, choose, compare
 from pdjax.split import split
 
 _log = logging.getLogger("pdjax")
+
+_PLANNED_AS = "one_f_one_b"  # of those that every model allows the one that may have replicas
 
 
 def choose_schedule(
@@ -46,15 +47,10 @@ def choose_schedule(
     count = settings.num_microbatches
     devices = tuple(next(iter(placement.device_set)) for placement in settings.placements)
     topology = settings.topology or local_topology(devices)
-    if settings.profile is None:
-        profile = measured_profile(graph, devices[0], spec.size // count, microbatch)
-    else:
-        profile = check_profile(
-            settings.profile, graph, batch_size=spec.size // count, device=devices[0]
-        )
+    profile = find_profile(settings.profile, graph, devices[0], spec.size // count, microbatch)
     figures = replace(settings, topology=topology, profile=profile)
-    plan = make_plan(replace(figures, schedule="one_f_one_b"), graph, spec, params, microbatch)
-    names = [name for name in ALGORITHMS if _is_allowed(settings, name)]
+    plan = make_plan(replace(figures, schedule=_PLANNED_AS), graph, spec, params, microbatch)
+    names = [name for name in ALGORITHMS if _is_allowed(settings, plan, name)]
     if settings.allow_stale and not _may_be_stale(settings, plan, graph, params):
         names = [name for name in names if not find_algorithm(name).stale]
     comparison = compare(
@@ -65,24 +61,31 @@ def choose_schedule(
         schedules=names,
         optimizer_bytes_per_param_byte=optimizer_ratio(settings.optimizer, params),
     )
+    if not comparison.outcomes:
+        raise ValueError(
+            f"schedule='auto' finds none that can run {plan.num_stages} stages with "
+            f"{plan.replicas} replicas:\n\n{comparison}\n\nGive another plan or number of "
+            "stages, or a topology with a worker for each replica."
+        )
     chosen = choose(comparison.outcomes, settings.allow_stale)
     _log.info("schedules by simulation\n%s\nchosen: %s", comparison, chosen.name)
-    algorithm = find_algorithm(chosen.name)
-    if not algorithm.divides:
+    candidate = comparison.candidates[comparison.outcomes.index(chosen)]
+    if not find_algorithm(chosen.name).divides:
         figures = replace(figures, num_microbatches=1, profile=settings.profile)
-    decided = replace(
-        figures, schedule=chosen.name, num_stages=plan.num_stages * algorithm.num_chunks
-    )
-    return decided, comparison
+    decided = replace(figures, schedule=chosen.name, num_stages=candidate.schedule.num_stages)
+    return replace(decided, plan=plan) if chosen.name == _PLANNED_AS else decided, comparison
 
 
-def _is_allowed(settings: Settings, name: str) -> bool:
-    """Whether the arguments leave room for a schedule."""
+def _is_allowed(settings: Settings, plan: Plan, name: str) -> bool:
+    """Whether the arguments, and the replicas of the plan for 1F1B, leave room for a schedule."""
     algorithm = find_algorithm(name)
     if algorithm.stale and not settings.allow_stale:
         return False
-    cuts_are_free = settings.num_stages is None and isinstance(settings.plan, str)
-    return algorithm.num_chunks == 1 or cuts_are_free
+    if algorithm.stale and algorithm.divides and settings.state_update == "minibatch":
+        return False  # the next minibatch begins before there is a mean of the one before
+    if settings.num_stages is None and isinstance(settings.plan, str):
+        return True
+    return algorithm.num_chunks == 1 and (algorithm.replicates or max(plan.replicas) == 1)
 
 
 def _may_be_stale(settings: Settings, plan: Plan, graph: LayerGraph, params: Any) -> bool:

@@ -148,9 +148,10 @@ class Pipeline:
         num_chunks: stages on each device under ``"interleaved"``; if not given, 2, as under
             ``"zero_bubble_v"``.
         straight: whether ``plan="auto"`` gives every stage one device. If not, it may replicate
-            stages, under ``"one_f_one_b"`` and the schedules of PipeDream: microbatches go to the
+            stages, under ``"one_f_one_b"`` and ``"pipedream"``: microbatches go to the
             replicas in turns, and their gradients are averaged. Under an asynchronous schedule
-            one update is then made for as many minibatches as a stage has replicas.
+            one update is then made for as many minibatches as a stage has replicas. With
+            ``schedule="auto"`` the others are compared without replicas, on as many devices.
         num_microbatches: how many microbatches a minibatch is divided into; if not given, 1 for
             ``"pipedream"``, else as many as divide it evenly, up to four for each device.
         devices: where the stages are placed, one each, as devices or shardings; `jax.devices()`

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from pdjax import jaxprs
 from pdjax.automatic import measured_profile
 from pdjax.batches import BatchSpec, appearance, check_structure, concatenation_axes, describe_batch
+from pdjax.compiled_costs import compiled_costs
 from pdjax.decide import Example, decide
 from pdjax.graph import LayerGraph
 from pdjax.optimizer import UpdateSplit, split_update
@@ -36,7 +37,6 @@ from pdjax.schedules.versions import delay_of, peak_versions
 from pdjax.settings import Settings
 from pdjax.simulator import StageCost
 from pdjax.split import StageSplit, split
-from pdjax.stage_costs import stage_costs
 from pdjax.trees import is_function, own_copy, place, shape_of, shapes_of
 
 _log = logging.getLogger("pdjax")
@@ -179,6 +179,11 @@ class Prepared:
                 )
         return found
 
+    def _reduce_lowerings(self) -> Iterator[Callable[[], Any]]:
+        for reduces in self._reduces.values():
+            for reduce in filter(None, reduces):
+                yield from reduce.lowerings()
+
     def _averages_state(self) -> bool:
         if self._settings.state_update == "microbatch" or self.schedule.num_microbatches == 1:
             return False
@@ -242,7 +247,8 @@ class Prepared:
         )
         key = shape_of(self._example.key)
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            done = [pool.submit(lower().compile) for lower in passes.lowerings(key)]
+            lowerings = [*passes.lowerings(key), *self._reduce_lowerings()]
+            done = [pool.submit(lower().compile) for lower in lowerings]
         for compiled in done:
             compiled.result()
         return passes
@@ -264,7 +270,7 @@ class Prepared:
 
     def stage_costs(self, profile: Profile) -> tuple[StageCost, ...]:
         """What the stages cost, with the seconds of a profile."""
-        return stage_costs(self.passes, self._updates, self.plan, profile)
+        return compiled_costs(self.passes, self._updates, self.plan, self._remat, profile)
 
     @property
     def passes(self) -> Passes:

@@ -20,7 +20,6 @@ import pdjax
 from pdjax import schedules
 from pdjax.profile import LayerProfile
 from pdjax.runtime.transport import LocalTransport
-from pdjax.schedules import ScheduleError
 from pdjax.simulator import peak_bytes
 
 KEY = jax.random.key(5)
@@ -264,6 +263,31 @@ def test_moving_averages_are_averaged_over_replicas():
     assert int(found["count"]) == 1
 
 
+@pytest.mark.parametrize("name", ["one_f_one_b", "pipedream"])
+def test_init_compiles_all_that_steps_and_drains_run(name, compilations):
+    """Sums of scalars, means of mutable state and broken off rounds included.
+
+    All but what divides the batch on the three workers that read it, and the mean of the losses.
+    """
+
+    def loss_fn(params, state, batch):
+        hidden = jnp.tanh(params["scale"] * (batch["x"] @ params["a"]))
+        loss = jnp.mean((hidden @ params["b"]) ** 2)
+        return loss, {"mean": 0.9 * state["mean"] + 0.1 * hidden.mean()}
+
+    schedule = getattr(schedules, name)(2, 4 if name == "one_f_one_b" else 1, replicas=(3, 1))
+    rng = np.random.default_rng(0)
+    params = {"a": rng.normal(size=(3, 3)), "b": rng.normal(size=(3, 3)), "scale": np.float64(1)}
+    batch = {"x": rng.normal(size=(4, 3))}
+    pipe = pdjax.Pipeline(loss_fn, OPTIMIZER, schedule=schedule)
+    state = pipe.init(params, batch, model_state={"mean": np.float64(0)})
+    compilations.clear()
+    for _ in range(4):  # the second round of PipeDream is broken off
+        state, _ = pipe.step(state, batch)
+    pipe.drain(state)
+    assert len(compilations) == (3 + 1 if name == "one_f_one_b" else 3)
+
+
 def replicated_plan() -> pdjax.Plan:
     """The first half takes twice as long, the second has weights that take long to synchronise."""
     rows = [(2e-3, 4e-3, 4.0, 8.0)] * 2 + [(1e-3, 2e-3, 4.0, 8e7)] * 2
@@ -273,7 +297,7 @@ def replicated_plan() -> pdjax.Plan:
     return pdjax.plan_pipeline(pdjax.Profile(layers, batch_size=2), topology, options)
 
 
-@pytest.mark.parametrize("schedule", ["one_f_one_b", "pipedream", "pipedream_vertical_sync"])
+@pytest.mark.parametrize("schedule", ["one_f_one_b", "pipedream"])
 def test_a_plan_with_replicas_is_run(schedule):
     plan = replace(replicated_plan(), prediction=None)  # it was made for PipeDream
     assert plan.replicas == (2, 1)
@@ -282,38 +306,49 @@ def test_a_plan_with_replicas_is_run(schedule):
         case().loss_fn, OPTIMIZER, schedule=schedule, plan=plan, num_microbatches=count
     )
     batch = case().make_batch(2 * count, 0)
-    if schedule == "pipedream_vertical_sync":
-        with pytest.raises(ScheduleError, match="needs stages without replicas"):
-            pipe.init(case().params, batch, rng=KEY)
-        return
     state = pipe.init(case().params, batch, rng=KEY)
     state, _ = pipe.step(state, batch)
     pipe.drain(state)
     assert pipe.schedule.replicas == (2, 1)
 
 
-def test_the_planner_replicates_if_it_may():
+@pytest.mark.parametrize(
+    ("straight", "schedule", "num_stages", "replicas"),
+    [
+        (False, "one_f_one_b", None, (4,)),
+        (False, "one_f_one_b", 1, (4,)),
+        (True, "one_f_one_b", None, (1,)),
+        (True, "one_f_one_b", 1, (1,)),
+        (False, "gpipe", None, (1,)),
+        (False, "pipedream_vertical_sync", None, (1,)),
+    ],
+)
+def test_the_planner_replicates_if_it_and_the_schedule_may(
+    straight, schedule, num_stages, replicas
+):
     names = ("block_0", "block_1", "block_2", "block_3")
+    count = 1 if schedule == "pipedream_vertical_sync" else 4
     profile = pdjax.Profile(
         tuple(LayerProfile(name, 1e-3, 2e-3, 1e6, 8.0) for name in names), batch_size=2
     )
-    for straight in (True, False):
-        pipe = pdjax.Pipeline(
-            case().loss_fn,
-            OPTIMIZER,
-            plan="auto",
-            straight=straight,
-            profile=profile,
-            topology="4@1MB/s",
-            num_microbatches=4,
-        )
-        batch = case().make_batch(8, 0)
-        state = pipe.init(case().params, batch, rng=KEY)
-        pipe.step(state, batch)
-        assert (pipe.schedule.replicas == (4,)) == (not straight)
+    pipe = pdjax.Pipeline(
+        case().loss_fn,
+        OPTIMIZER,
+        schedule=schedule,
+        plan="auto",
+        straight=straight,
+        num_stages=num_stages,
+        profile=profile,
+        topology="4@1MB/s",
+        num_microbatches=count,
+    )
+    batch = case().make_batch(2 * count, 0)
+    state = pipe.init(case().params, batch, rng=KEY)
+    pipe.step(state, batch)
+    assert pipe.schedule.replicas == replicas
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "zero_bubble_h1"])
+@pytest.mark.parametrize("schedule", ["gpipe", "zero_bubble_h1", "pipedream_vertical_sync"])
 def test_schedules_without_replicas(schedule):
     plan = replace(replicated_plan(), prediction=None)
     pipe = pdjax.Pipeline(case().loss_fn, OPTIMIZER, schedule=schedule, plan=plan)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -80,21 +82,38 @@ def test_as_many_stages_as_the_devices_take():
     assert where == [0, 1, 2, 2, 1, 0]
 
 
-def test_chunks_are_cut_by_what_was_measured(monkeypatch):
-    """With plan="auto" the stages are equally long by the profile; the last block is slow."""
+def slow_at_the_end(batch_size: int) -> pdjax.Profile:
     names = zoo.graph_of(CASE, 2, KEY).names
     layers = [LayerProfile(n, 1.0, 2.0, 0.0, 0.0) for n in names]
     layers[-1] = LayerProfile(names[-1], 7.0, 14.0, 0.0, 0.0)
-    profile = pdjax.Profile(tuple(layers), batch_size=2)
-    pipe = make(
+    return pdjax.Profile(tuple(layers), batch_size=batch_size)
+
+
+def with_chunks(profile: pdjax.Profile) -> pdjax.Pipeline:
+    return make(
         schedule="interleaved",
         plan="auto",
         profile=profile,
         devices=jax.devices()[:1],
         num_microbatches=2,
     )
+
+
+def test_chunks_are_cut_by_what_was_measured():
+    """With plan="auto" the stages are equally long by the profile; the last block is slow."""
+    pipe = with_chunks(slow_at_the_end(batch_size=2))
     pipe.init(CASE.params, CASE.make_batch(4, 0))
     assert pipe.plan.first_layers == (0, 7)
+
+
+def test_chunks_are_cut_by_a_profile_that_is_fit_for_them():
+    pipe = with_chunks(slow_at_the_end(batch_size=4))
+    with pytest.warns(pdjax.PdjaxWarning, match="scaled by 2/4"):
+        pipe.init(CASE.params, CASE.make_batch(4, 0))
+    assert pipe.plan.first_layers == (0, 7)
+    other = replace(slow_at_the_end(batch_size=2), model="0" * 16)
+    with pytest.raises(ValueError, match="the profile is of another model"):
+        with_chunks(other).init(CASE.params, CASE.make_batch(4, 0))
 
 
 @pytest.mark.parametrize(
@@ -139,6 +158,16 @@ def test_schedules_that_cannot_be_run(options, message):
 def test_evaluation_in_microbatches(schedule, num_microbatches):
     pipe = make(schedule=schedule, num_stages=4, num_microbatches=2)
     batch = CASE.make_batch(12, 5)
+    state = pipe.init(CASE.params, CASE.make_batch(4, 0))
+    metrics = pipe.evaluate(state, batch, num_microbatches=num_microbatches)
+    expected = CASE.loss_fn(CASE.params, batch, KEY)
+    chex.assert_trees_all_close(metrics["loss"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 3])
+def test_evaluation_on_a_single_stage(num_microbatches):
+    pipe = make(num_stages=1, num_microbatches=1)
+    batch = CASE.make_batch(6, 5)
     state = pipe.init(CASE.params, CASE.make_batch(4, 0))
     metrics = pipe.evaluate(state, batch, num_microbatches=num_microbatches)
     expected = CASE.loss_fn(CASE.params, batch, KEY)

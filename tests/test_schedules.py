@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from itertools import accumulate
@@ -239,6 +240,14 @@ def test_dispatch_keeps_the_workers_order_and_needs_nothing_of_the_future(name, 
                     done.add(absolute._replace(kind="B"))
                 if absolute.kind == "W":
                     done.add(absolute._replace(kind="B"))
+
+
+@pytest.mark.parametrize(("num_stages", "num_microbatches"), [(1, 1), (1, 3), (3, 1), (2, 3)])
+def test_dispatch_of_forward_passes_only(num_stages, num_microbatches):
+    """Microbatch by microbatch through the stages; a single action among the cases."""
+    order = dispatch_order(schedules.forward_only(num_stages, num_microbatches))
+    rounds = itertools.product(range(num_microbatches), range(num_stages))
+    assert order == tuple(Action("F", stage, microbatch) for microbatch, stage in rounds)
 
 
 def test_pipedream_takes_one_microbatch():

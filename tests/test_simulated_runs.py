@@ -124,6 +124,26 @@ def test_a_simulation_takes_the_time_of_the_profile():
     assert timeline.makespan_s == first + second + 2 * slow + 2 * (first + second + 2 * slow)
 
 
+@pytest.mark.parametrize("name", ["gpipe", "zero_bubble_h1", "pipedream"])
+def test_a_simulation_knows_what_is_recomputed(name):
+    """On one worker nobody waits: then the seconds of all passes add up."""
+    for remat, seconds in (("none", 3), ("full", 4)):  # for each layer
+        pipe, _, _ = run(name, 1, 3, remat=remat)
+        timeline = pipe.simulate(flat_profile(pipe.plan))
+        expected = seconds * len(pipe.plan.layers) * pipe.schedule.num_microbatches
+        assert timeline.makespan_s == expected
+
+
+def test_a_stage_may_recompute_and_another_not():
+    pipe, state, _ = run("one_f_one_b", 2, 3, remat=("full", "none"))
+    profile = flat_profile(pipe.plan)
+    first, second = state._training.prepared.stage_costs(profile)
+    assert first.backward_s == 3 * first.forward_s
+    assert second.backward_s == 2 * second.forward_s
+    sent = {pair: size / STEPS for pair, size in pipe.counts(state).link_bytes.items()}
+    assert pipe.simulate(profile).link_bytes == sent
+
+
 def test_a_profile_of_another_model_is_refused():
     pipe, _, _ = run("gpipe", 2, 3)
     other = Profile((LayerProfile("other", 1.0, 2.0, 0.0, 0.0),))

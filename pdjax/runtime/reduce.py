@@ -62,15 +62,25 @@ class AllReduce:
         self._scalars = [at for at, shape in enumerate(self._shapes) if not shape.shape]
 
     def lowerings(self) -> Iterator[Callable[[], Any]]:
-        """Functions that lower the programs that every call runs."""
+        """Functions that lower all programs that calls run."""
+        if not self._shapes:
+            return
         count = len(self._devices)
+        long = [jax.ShapeDtypeStruct(s.shape or (1,), s.dtype) for s in self._shapes]
         whole = tuple(
             jax.ShapeDtypeStruct(
-                (count * (s.shape or (1,))[0], *s.shape[1:]), s.dtype, sharding=self._sharding
+                (count * s.shape[0], *s.shape[1:]), s.dtype, sharding=self._sharding
             )
-            for s in self._shapes
+            for s in long
         )
         yield partial(self._run.lower, whole)
+        yield from (zeros.lower for zeros in self._zeros)
+        if self._scalars:
+            without, with_axis = (
+                tuple(shapes[at] for at in self._scalars) for shapes in (self._shapes, long)
+            )
+            yield from (partial(run.lower, without) for run in self._with_axis)
+            yield from (partial(run.lower, with_axis) for run in self._without)
 
     @property
     def sent_bytes(self) -> int:
@@ -91,6 +101,8 @@ class AllReduce:
         Returns:
             The sums; None for replicas in other processes.
         """
+        if not self._shapes:
+            return [() for _ in parts]
         given = [
             self._lengthened(at, self._zeros[at]() if part is None else part)
             for at, part in enumerate(parts)

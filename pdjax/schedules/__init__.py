@@ -50,8 +50,9 @@ class Algorithm:
 
     @property
     def replicates(self) -> bool:
-        """Whether its stages may be replicated."""
-        return "replicas" in inspect.signature(self.order).parameters
+        """Whether its stages may be replicated: none under a weight rule that fixes a version."""
+        able = "replicas" in inspect.signature(self.order).parameters
+        return able and self.weight_rule.forward == "newest"
 
     @property
     def stale(self) -> bool:

@@ -5,7 +5,6 @@ Nothing here imports JAX.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -119,10 +118,7 @@ class Candidates:
             ValueError: if there is no such schedule for the plan.
         """
         algorithm = find_algorithm(name)
-        schedule = self._make(algorithm)
-        if max(schedule.replicas) > 1:  # then not every weight rule will do
-            validate(schedule, algorithm.weight_rule)
-        return self._candidate(name, schedule, algorithm.weight_rule)
+        return self._candidate(name, self._make(algorithm), algorithm.weight_rule)
 
     def of_schedule(self, schedule: Schedule) -> Candidate:
         """The candidate that runs a schedule as it is.
@@ -143,8 +139,8 @@ class Candidates:
         """The schedule that an algorithm has for as many workers as the plan has."""
         count = self.num_microbatches if algorithm.divides else 1
         replicas = self.plan.replicas
-        if max(replicas) > 1 and "replicas" in inspect.signature(algorithm.order).parameters:
-            return algorithm.order(self.plan.num_stages, count, replicas=replicas)
+        if max(replicas) > 1 and algorithm.replicates:
+            return algorithm.make(self.plan.num_stages, count, replicas=replicas)
         return algorithm.make(sum(replicas) * algorithm.num_chunks, count)
 
     def _candidate(self, name: str, schedule: Schedule, rule: WeightRule) -> Candidate:

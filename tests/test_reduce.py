@@ -1,0 +1,116 @@
+"""Sums over the replicas of a stage, array by array."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+import pdjax
+from pdjax import schedules
+from pdjax.runtime.reduce import AllReduce, MeanOfState
+from pdjax.runtime.state import StageState
+
+KEY = jax.random.key(0)
+SHAPES = {"scalar": (), "vector": (3,), "another scalar": (), "none": (0, 2), "matrix": (2, 3)}
+
+
+def parts_on(count: int):
+    """For each replica its place, and arrays of all these shapes there."""
+    places = [SingleDeviceSharding(device) for device in jax.devices()[:count]]
+    rng = np.random.default_rng(0)
+    parts = [
+        tuple(jax.device_put(rng.normal(size=s).astype(np.float32), p) for s in SHAPES.values())
+        for p in places
+    ]
+    return places, parts
+
+
+def shapes_of(arrays):
+    return [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("mean", [False, True])
+def test_each_replica_gets_the_sum_in_the_shapes_that_it_gave(count, mean):
+    places, parts = parts_on(count)
+    got = AllReduce(places, shapes_of(parts[0]), mean=mean)(parts)
+    combine = np.mean if mean else np.sum
+    expected = tuple(combine(jax.device_get(column), axis=0) for column in zip(*parts, strict=True))
+    for place, sums in zip(places, got, strict=True):
+        chex.assert_trees_all_equal_shapes_and_dtypes(sums, parts[0])
+        chex.assert_trees_all_close(jax.device_get(sums), expected, rtol=1e-6)
+        assert all(array.devices() == place.device_set for array in sums)
+
+
+def test_a_replica_without_gradients_adds_nothing():
+    places, parts = parts_on(2)
+    got = AllReduce(places, shapes_of(parts[0]))([parts[0], None])
+    for sums in got:
+        chex.assert_trees_all_equal(jax.device_get(sums), jax.device_get(parts[0]))
+
+
+def test_what_is_given_is_left_alone():
+    places, parts = parts_on(2)
+    before = jax.device_get(parts)
+    reduce = AllReduce(places, shapes_of(parts[0]))
+    reduce(reduce(parts))
+    chex.assert_trees_all_equal(jax.device_get(parts), before)
+
+
+def test_scalar_parameters_of_a_replicated_stage():
+    def loss_fn(params, batch):
+        hidden = jnp.tanh(params["scale"] * batch["x"] @ params["a"] + params["shift"])
+        return jnp.mean((hidden @ params["b"]) ** 2)
+
+    rng = np.random.default_rng(0)
+    params = {name: rng.normal(size=(3, 3)).astype(np.float32) for name in "ab"}
+    params |= {"scale": np.float32(0.7), "shift": np.float32(0.1)}
+    batch = {"x": rng.normal(size=(8, 3)).astype(np.float32)}
+    optimizer = optax.adam(0.1)
+    pipe = pdjax.Pipeline(loss_fn, optimizer, schedule=schedules.one_f_one_b(2, 4, replicas=(2, 2)))
+    state = pipe.init(params, batch)
+    for _ in range(3):
+        state, _ = pipe.step(state, batch)
+    expected, _, _ = oracle.replay_synchronous(
+        lambda p, batch, rng: loss_fn(p, batch), optimizer, params, [batch] * 3, 4, KEY
+    )
+    chex.assert_trees_all_close(pipe.params(state), expected, rtol=1e-5, atol=1e-6)
+
+
+def state_on(place, **leaves):
+    model = {at: jax.device_put(leaf, place) for at, leaf in enumerate(leaves.values())}
+    return StageState((), (), model)
+
+
+def test_mutable_state_that_has_no_mean_is_left_as_it_is(compilations):
+    """Counters: there is nothing to average, and nothing to compile or to wait for."""
+    places, _ = parts_on(2)
+    states = [state_on(place, count=np.int32(3 + at)) for at, place in enumerate(places)]
+    shapes = {0: jax.ShapeDtypeStruct((), jnp.int32)}
+    before = [dict(state.model) for state in states]
+    compilations.clear()
+    mean = MeanOfState(places, shapes)
+    mean(states)
+    assert [state.model for state in states] == before
+    assert list(mean.lowerings()) == []
+    assert compilations == []
+
+
+def test_scalars_of_the_mutable_state_are_averaged_and_counters_kept():
+    places, _ = parts_on(2)
+    states = [
+        state_on(place, mean=np.float32(1 + 2 * at), count=np.int32(3), row=np.full(2, at * 1.0))
+        for at, place in enumerate(places)
+    ]
+    shapes = {at: jax.ShapeDtypeStruct(x.shape, x.dtype) for at, x in states[0].model.items()}
+    MeanOfState(places, shapes)(states)
+    for state in states:
+        expected = {0: np.float32(2), 1: np.int32(3), 2: np.full(2, 0.5, np.float32)}
+        chex.assert_trees_all_equal(jax.device_get(state.model), expected)
+        assert state.model[0].shape == ()
