@@ -1,0 +1,80 @@
+"""In several processes a pipeline does what it does in one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+import trainings
+
+PROGRAMS = Path(__file__).parent / "programs"
+CACHE = {
+    "JAX_COMPILATION_CACHE_DIR": os.environ["PDJAX_TEST_CACHE"],
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+}
+
+
+@pytest.fixture
+def compiled_as_in_programs() -> Iterator[None]:
+    """In float64, and compiled quickly: in several processes everything is compiled anew."""
+    name = "jax_disable_most_optimizations"
+    jax.config.update(name, True)
+    with jax.enable_x64(True):
+        yield
+    jax.config.update(name, False)
+
+
+def launch(program: str, num_processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs one of `tests/programs` in several processes."""
+    options = ["--num-processes", str(num_processes), "--no-pin", "--"]
+    command = [sys.executable, str(PROGRAMS / program), *arguments]
+    return subprocess.run(
+        [sys.executable, "-m", "pdjax.launch", *options, *command],
+        env=os.environ | CACHE | {"JAX_PLATFORMS": "cpu"},
+        timeout=300,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("name", trainings.GROUPS)
+def test_several_processes_compute_what_one_computes(name, tmp_path, compiled_as_in_programs):
+    """To the last bit: losses, metrics, parameters, state; in every process, whatever it runs."""
+    group = trainings.GROUPS[name]
+    expected = {name: trainings.run(training) for name, training in group.trainings.items()}
+    done = launch("train.py", group.num_processes, name, str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for training, in_one in expected.items():
+        found = [
+            dict(np.load(tmp_path / f"{training}-{process}.npz"))
+            for process in range(group.num_processes)
+        ]
+        for in_process in found:
+            _compare(training, in_process, in_one, exact=group.trainings[training].exact)
+        for key in in_one:
+            if key.startswith("own"):
+                together = sum(in_process[key] for in_process in found)
+                np.testing.assert_array_equal(together, in_one[key], f"{training}: {key}")
+
+
+def _compare(training, found, expected, *, exact):
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if key.startswith(("own", "compiled")):
+            continue
+        if exact:
+            np.testing.assert_array_equal(found[key], value, f"{training}: {key}")
+        else:
+            chex.assert_trees_all_close(found[key], value, rtol=1e-12, atol=1e-14)
+    assert found["compiled first"] <= 4, training  # copies of the batch and the like
+    assert found["compiled again"] == 0, training
