@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,6 +88,7 @@ def initialize(
     Raises:
         Exception: whatever JAX raises if it cannot start.
     """
+    make_room()
     # JAX's answer to SIGTERM would be to note it and live on, until the program asks about it.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
@@ -99,6 +101,23 @@ def initialize(
         shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT_S,
         coordinator_bind_address=bind_address,
     )
+
+
+def make_room() -> None:
+    """Gives JAX's CPU client a thread for each device more than there are cores.
+
+    An all-reduce keeps a thread waiting for the other processes, for each device that takes part.
+    With none left, programs that the others wait for would not run. It must come before JAX is
+    first used, and after `jax_num_cpu_devices` is set.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    wanted = str((cores or 1) + max(jax.config.jax_num_cpu_devices, 1))
+    if os.environ.get("PJRT_NPROC", _Room.made) == _Room.made:
+        os.environ["PJRT_NPROC"] = _Room.made = wanted
+
+
+class _Room:
+    made = ""  # what `make_room` has written, to tell it from what a user has
 
 
 def shutdown() -> None:
