@@ -163,6 +163,8 @@ def make_devices(num_devices: int) -> None:
         jax.config.update("jax_num_cpu_devices", num_devices)
     except RuntimeError:
         return  # JAX runs already; Pipeline says if the devices are too few
+    if distributed.current() is not None:
+        distributed.make_room()
 
 
 def _check(config: TrainConfig) -> None:

@@ -199,7 +199,7 @@ def test_the_bytes_that_are_counted_are_those_that_are_sent(name):
     class Counting(LocalTransport):
         def move(self, values, shapes, source, target):
             pair = pipe.schedule.worker_of(source), pipe.schedule.worker_of(target)
-            sent[pair] += sum(value.nbytes for value in values) * (pair[0] != pair[1])
+            sent[pair] += sum(value.nbytes for value in values or ()) * (pair[0] != pair[1])
             return super().move(values, shapes, source, target)
 
     state.executor._transport = Counting(4)

@@ -5,6 +5,7 @@ process that is lost ends the others with a message that says which one it was, 
 them to wait for ever.
 """
 
+from pdjax.distributed.jax_client import make_room as make_room
 from pdjax.distributed.peers import Peers as Peers
 from pdjax.distributed.starting import current as current
 from pdjax.distributed.starting import initialize as initialize

@@ -5,13 +5,14 @@ from __future__ import annotations
 import selectors
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pdjax.distributed.frames import ForeignError, Link, Message, encode
 from pdjax.distributed.members import Address, Member
 from pdjax.errors import ClusterError
 
-_RETRY_S = 0.1
+_LEAST_S = 0.1
+_LOOK_S = 0.2
 
 
 def connect_all(
@@ -20,6 +21,7 @@ def connect_all(
     coordinator: str,
     listener: socket.socket,
     deadline: float,
+    look: Callable[[], None] = lambda: None,
 ) -> dict[int, Link]:
     """Connects this process to all others; returns the links by process id.
 
@@ -31,6 +33,7 @@ def connect_all(
         coordinator: the host of the coordinator, as this process knows it.
         listener: where this process listens, as its `Member` says.
         deadline: when to give up, as `time.monotonic` has it.
+        look: called now and then; raises if it makes no sense to go on.
 
     Raises:
         ClusterError: if it does not succeed in time.
@@ -44,7 +47,8 @@ def connect_all(
             while waiting:
                 if time.monotonic() > deadline:
                     raise ClusterError(_not_connected(members, sorted(waiting)))
-                for process_id, link in door.admit(deadline, waiting):
+                look()
+                for process_id, link in door.admit(waiting):
                     waiting.discard(process_id)
                     links[process_id] = link
     except BaseException:
@@ -55,21 +59,18 @@ def connect_all(
 
 
 def _connect(member: Member, own_id: int, coordinator: str, deadline: float) -> Link:
-    host, port = member.address.host or coordinator, member.address.port
-    while True:
-        remaining = max(deadline - time.monotonic(), 0.001)
-        try:
-            link = Link(socket.create_connection((host, port), remaining))
-        except OSError as error:
-            if time.monotonic() + _RETRY_S > deadline:
-                raise ClusterError(
-                    f"no connection to {member} at {Address(host, port)} ({error}). Does a "
-                    "firewall let all ports through between the hosts?"
-                ) from error
-            time.sleep(_RETRY_S)
-            continue
-        link.send(encode({"hello": own_id, "token": member.token}))
-        return link
+    address = Address(member.address.host or coordinator, member.address.port)
+    remaining = max(deadline - time.monotonic(), _LEAST_S)
+    try:
+        # It listens already: if it refuses, it will not do so later.
+        link = Link(socket.create_connection((address.host, address.port), remaining))
+    except OSError as error:
+        raise ClusterError(
+            f"no connection to {member} at {address} ({error}). Has it ended, or does a firewall "
+            "not let all ports through between the hosts?"
+        ) from error
+    link.send(encode({"hello": own_id, "token": member.token}))
+    return link
 
 
 class _Door:
@@ -91,10 +92,10 @@ class _Door:
         for link in self._strangers:
             link.close()
 
-    def admit(self, deadline: float, expected: set[int]) -> list[tuple[int, Link]]:
-        """Waits for something to happen; returns those who may come in now."""
+    def admit(self, expected: set[int]) -> list[tuple[int, Link]]:
+        """Waits a moment for something to happen; returns those who may come in now."""
         admitted = []
-        for key, _ in self._selector.select(max(0.0, deadline - time.monotonic())):
+        for key, _ in self._selector.select(_LOOK_S):
             if key.fileobj is self._listener:
                 self._accept()
                 continue

@@ -10,44 +10,47 @@ import atexit
 import contextlib
 import logging
 import os
+import signal
 import sys
 import threading
 from types import TracebackType
 
 from pdjax.distributed.peers import Peers
+from pdjax.distributed.signals import Signals
 
 _LAST_WORDS_S = 1.0
+_MAX_CHARACTERS = 300
 
 
-def end_process(message: str, code: int = 1) -> None:
-    """Prints a message on standard error and ends the process at once, from whatever thread.
+def say(message: str) -> None:
+    """Prints a message on standard error, from whatever thread, and does not wait long for that."""
+    # In a thread of its own: a pipe that nobody empties must not keep the process alive.
+    speaker = threading.Thread(target=_speak, args=(message,), daemon=True)
+    speaker.start()
+    speaker.join(_LAST_WORDS_S)
 
-    The main thread may be blocked in a computation that waits for the lost process, and would never
+
+def end_process(code: int = 1) -> None:
+    """Ends the process at once, from whatever thread.
+
+    The main thread may be blocked in a computation that waits for a lost process, and would never
     run another line of Python.
     """
-    # In a thread of its own: a pipe that nobody empties must not keep the process alive.
-    writer = threading.Thread(target=_speak, args=(message,), daemon=True)
-    writer.start()
-    writer.join(_LAST_WORDS_S)
     os._exit(code)
 
 
 def _speak(message: str) -> None:
     with contextlib.suppress(OSError):
         os.write(2, f"{message}\n".encode(errors="replace"))
-    _flush()
+    _tidy()
 
 
-def _flush() -> None:
-    _end_children()
+def _tidy() -> None:
+    """The part of what Python does at exit that matters most."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
-
-
-def _end_children() -> None:
-    """Loaders of data and the like would otherwise outlive this process."""
-    if "multiprocessing" in sys.modules:
+    if "multiprocessing" in sys.modules:  # else there are no children
         import multiprocessing
 
         with contextlib.suppress(Exception):
@@ -60,10 +63,12 @@ class EndOfProgram:
 
     Args:
         peers: the other processes.
+        catch_sigterm: whether to end the program on SIGTERM, if it has no handler of its own.
     """
 
-    def __init__(self, peers: Peers) -> None:
+    def __init__(self, peers: Peers, catch_sigterm: bool) -> None:
         self._peers = peers
+        self._signals = Signals(self._on_blocked, catch_sigterm)
         self._code = 0
         self._hook = sys.excepthook
         self._exit = sys.exit
@@ -72,24 +77,34 @@ class EndOfProgram:
         """Starts to look; ends with the program or with `forget`."""
         sys.excepthook = self._on_exception
         sys.exit = self._on_exit
+        self._signals.catch()
         # Registered after JAX's own, so it runs before that waits for the others.
         atexit.register(self._at_exit)
 
     def forget(self) -> None:
         """Stops looking."""
         atexit.unregister(self._at_exit)
+        self._signals.release()
         # Whoever wrapped these in the meantime keeps what they wrapped.
         if sys.excepthook == self._on_exception:
             sys.excepthook = self._hook
         if sys.exit == self._on_exit:
             sys.exit = self._exit
 
+    def _on_blocked(self, name: str, code: int) -> None:
+        self._peers.leave(f"was ended by {name}")
+        say(f"error: ended by {name}, while the main thread was blocked.")
+        end_process(code)
+
     def _on_exception(
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
-        interrupted = issubclass(kind, KeyboardInterrupt)
-        self._code = 130 if interrupted else 1
-        self._peers.fail("was interrupted" if interrupted else _describe(kind, error))
+        if issubclass(kind, KeyboardInterrupt):
+            self._code = 128 + signal.SIGINT
+            self._peers.leave("was ended by SIGINT")
+        else:
+            self._code = 1
+            self._peers.fail(_describe(kind, error))
         self._hook(kind, error, trace)
 
     def _on_exit(self, status: object = None, /) -> None:
@@ -98,14 +113,19 @@ class EndOfProgram:
         self._exit(status)  # pyright: ignore[reportArgumentType]
 
     def _at_exit(self) -> None:
-        if self._code == 0 and not self._peers.has_failed:
-            self._peers.close()
-            return
-        self._peers.fail(f"ended with exit code {self._code}")
+        try:
+            if self._code == 0 and not self._peers.has_failed:
+                self._peers.close()
+                return
+            if self._code == 128 + signal.SIGTERM:
+                self._peers.leave("was ended by SIGTERM")
+            self._peers.fail(f"ended with exit code {self._code}")
+        except (KeyboardInterrupt, SystemExit):  # while it waited for the others
+            self._code = self._code or 128 + signal.SIGINT
         # JAX would now wait for the others, which are gone.
         logging.shutdown()
-        _flush()
-        os._exit(self._code or 1)
+        _tidy()
+        end_process(self._code or 1)
 
 
 def _exit_code(status: object) -> int:
@@ -116,5 +136,6 @@ def _exit_code(status: object) -> int:
 
 def _describe(kind: type[BaseException], error: BaseException) -> str:
     text = " ".join(str(error).split())
-    short = text if len(text) <= 300 else f"{text[:300]} …"
-    return f"{kind.__name__}: {short}" if short else kind.__name__
+    if len(text) > _MAX_CHARACTERS:
+        text = f"{text[:_MAX_CHARACTERS]} …"
+    return f"{kind.__name__}: {text}" if text else kind.__name__

@@ -16,12 +16,10 @@ class Exchanges:
 
     Args:
         standings: of all processes, in order.
-        own_id: which of them this is.
     """
 
-    def __init__(self, standings: Sequence[Standing], own_id: int) -> None:
+    def __init__(self, standings: Sequence[Standing]) -> None:
         self._standings = standings
-        self._own_id = own_id
         self._said: dict[int, dict[int, tuple[str, Any]]] = {}
         self._changed = threading.Condition()
         self._over: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import struct
@@ -12,7 +13,7 @@ Message = dict[str, Any]
 _HEADER = struct.Struct("!4sI")
 _MAGIC = b"pdjx"
 _CHUNK_BYTES = 1 << 16
-_MAX_BYTES = 1 << 28
+_MAX_BYTES = 1 << 26
 
 
 class ForeignError(Exception):
@@ -23,9 +24,14 @@ def encode(message: Message) -> bytes:
     """The bytes of a message on the wire.
 
     Raises:
-        TypeError, ValueError: if it holds what JSON has no form for.
+        TypeError, ValueError: if it holds what JSON has no form for, or is too long.
     """
     body = json.dumps(message).encode()
+    if len(body) > _MAX_BYTES:
+        raise ValueError(
+            f"a message of {len(body):,} bytes: expected at most {_MAX_BYTES:,}. It is for small "
+            "values; arrays go through JAX."
+        )
     return _HEADER.pack(_MAGIC, len(body)) + body
 
 
@@ -90,6 +96,25 @@ class Link:
         Raises:
             ForeignError: if the other end is no process of pdjax.
         """
+        self._receive(now)
+        return self._decode()
+
+    def finish(self) -> None:
+        """Says that nothing more is sent here."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+
+    def skim(self) -> None:
+        """Takes what has come by now, and forgets it; afterwards `ended` is as after `read`."""
+        self._receive(0.0)
+        self._incoming.clear()
+
+    def close(self) -> None:
+        """Closes the connection."""
+        self._socket.close()
+        self.ended = self.ended or "closed here"
+
+    def _receive(self, now: float) -> None:
         while self.ended is None:
             try:
                 data = self._socket.recv(_CHUNK_BYTES)
@@ -103,12 +128,6 @@ class Link:
                 break
             self.heard_at = now
             self._incoming += data
-        return self._decode()
-
-    def close(self) -> None:
-        """Closes the connection."""
-        self._socket.close()
-        self.ended = self.ended or "closed here"
 
     def _decode(self) -> list[Message]:
         messages = []

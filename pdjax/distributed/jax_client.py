@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,45 +13,9 @@ from typing import Any
 import jax
 from jax._src import clusters, distributed, xla_bridge
 
-_SHUTDOWN_TIMEOUT_S = 60
+from pdjax.errors import PdjaxWarning
 
-
-@dataclass(frozen=True)
-class Detected:
-    """What JAX finds out about the processes of a cluster.
-
-    Attributes:
-        coordinator: HOST:PORT of process 0.
-        local_device_ids: the devices for this process; None for all of this host.
-    """
-
-    coordinator: str
-    num_processes: int
-    process_id: int
-    local_device_ids: list[int] | None
-
-
-def detect(timeout_s: float) -> Detected | None:
-    """Asks JAX what Slurm, Open MPI, Kubernetes or the TPU pod say; None if there is none."""
-    found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
-        None, None, None, None, None, int(timeout_s)
-    )
-    coordinator, num_processes, process_id, local_device_ids = found
-    if coordinator is None or num_processes is None or process_id is None:
-        return None
-    ids = None if local_device_ids is None else list(local_device_ids)
-    return Detected(coordinator, num_processes, process_id, ids)
-
-
-def is_in_cluster() -> bool:
-    """Whether Slurm, Open MPI, Kubernetes or a TPU pod started this process; asks no server."""
-    kinds = clusters.ClusterEnv._cluster_types
-    return any(kind.is_env_present() for kind in kinds if not kind.opt_in_only_method)
-
-
-def has_started_backends() -> bool:
-    """Whether JAX was used already, so that it is too late to tell it of other processes."""
-    return xla_bridge.backends_are_initialized()
+_SHUTDOWN_TIMEOUT_S = 30
 
 
 @dataclass(frozen=True)
@@ -63,6 +29,51 @@ class Joined:
     coordinator: str
     num_processes: int
     process_id: int
+
+
+def detect(timeout_s: float) -> tuple[Joined, tuple[int, ...] | None] | None:
+    """What Slurm, Open MPI, Kubernetes or the TPU pod say of the processes; None if there is none.
+
+    Returns:
+        What JAX is to be told, and the devices of this host that this process uses (None for all).
+    """
+    found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        None, None, None, None, None, int(timeout_s)
+    )
+    coordinator, num_processes, process_id, ids = found
+    if coordinator is None or num_processes is None or process_id is None:
+        return None
+    return Joined(coordinator, num_processes, process_id), None if ids is None else tuple(ids)
+
+
+def num_processes_in_cluster() -> int:
+    """How many processes Slurm, Open MPI, Kubernetes or the TPU pod have started; else 1."""
+    for kind in clusters.ClusterEnv._cluster_types:
+        if kind.opt_in_only_method or not kind.is_env_present():
+            continue
+        try:
+            return kind.get_process_count()
+        except (KeyError, TypeError):
+            return 1  # Kubernetes, but not one of its jobs
+        except RuntimeError as error:
+            warnings.warn(
+                f"the cluster does not say how many processes there are: {error}\nThis one goes on "
+                "alone. Give coordinator, num_processes and process_id if there are others.",
+                PdjaxWarning,
+                stacklevel=3,
+            )
+            return 1
+    return 1
+
+
+def handles_sigterm() -> bool:
+    """Whether JAX was told of other processes by the program, and catches SIGTERM itself."""
+    return distributed.global_state.preemption_sync_manager is not None
+
+
+def has_started_backends() -> bool:
+    """Whether JAX was used already, so that it is too late to tell it of other processes."""
+    return xla_bridge.backends_are_initialized()
 
 
 def is_initialized() -> bool:
@@ -87,6 +98,7 @@ def initialize(
     Raises:
         Exception: whatever JAX raises if it cannot start.
     """
+    make_room()
     # JAX's answer to SIGTERM would be to note it and live on, until the program asks about it.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
@@ -99,6 +111,23 @@ def initialize(
         shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT_S,
         coordinator_bind_address=bind_address,
     )
+
+
+def make_room() -> None:
+    """Gives JAX's CPU client a thread for each device more than there are cores.
+
+    An all-reduce keeps a thread waiting for the other processes, for each device that takes part.
+    With none left, programs that the others wait for would not run. It must come before JAX is
+    first used, and after `jax_num_cpu_devices` is set.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    wanted = str((cores or 1) + max(jax.config.jax_num_cpu_devices, 1))
+    if os.environ.get("PJRT_NPROC", _Room.made) == _Room.made:
+        os.environ["PJRT_NPROC"] = _Room.made = wanted
+
+
+class _Room:
+    made = ""  # what `make_room` has written, to tell it from what a user has
 
 
 def shutdown() -> None:

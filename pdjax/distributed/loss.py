@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -23,15 +23,25 @@ class Standing:
     has_ended: bool = False
 
     def __str__(self) -> str:
-        return f"{self.who}, {self.stages}" if self.stages else self.who
+        return f"{self.who}, {self.stages}," if self.stages else self.who
+
+    def known(self) -> dict[str, Any]:
+        """What others may `learn`."""
+        return {"stages": self.stages, "num_minibatches": self.num_minibatches}
+
+    def learn(self, stages: str, num_minibatches: int | None) -> None:
+        """Takes in what another knows, whose news may have come sooner."""
+        self.stages = stages or self.stages
+        if num_minibatches is not None:
+            self.num_minibatches = max(num_minibatches, self.num_minibatches or 0)
 
     def progress(self) -> str:
         """How far it is, in words."""
         if self.num_minibatches is None:
             return "had not begun to train"
-        if self.num_minibatches == 0:
-            return "had completed no minibatch"
-        return f"had completed minibatch {self.num_minibatches}"
+        if self.num_minibatches == 1:
+            return "had completed 1 minibatch"
+        return f"had completed {self.num_minibatches or 'no'} minibatches"
 
 
 @dataclass(frozen=True)
@@ -41,41 +51,28 @@ class Loss:
     Attributes:
         process_id: which one.
         reason: how that is known, in words that go on after its name.
-        told_by: the process that found out; None if this one did.
+        told_by: the process that found out; None if this one did, or the lost one said it itself.
     """
 
     process_id: int
     reason: str
     told_by: int | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """As the others are told."""
-        return {"lost": self.process_id, "reason": self.reason}
-
-    @staticmethod
-    def from_json(value: dict[str, Any], told_by: int) -> Loss:
-        """What another process told."""
-        return Loss(int(value["lost"]), str(value["reason"]), told_by)
-
-    def told(self, by: int) -> Loss:
-        """The same, found out by another process."""
-        return replace(self, told_by=by)
-
 
 def explain(loss: Loss, lost: Standing, own: Standing) -> str:
     """The message with which the process `own` ends."""
     noticed = "" if loss.told_by is None else f" (noticed by process {loss.told_by})"
     return (
-        f"error: lost {lost}: it {loss.reason}{noticed}. It {lost.progress()}; "
-        f"this {own} {own.progress()}. The run cannot go on without it, so this process ends, "
-        "with exit code 1. The output of the lost one may say more."
+        f"error: {lost} {loss.reason}{noticed}. It {lost.progress()}; this {own} "
+        f"{own.progress()}. This process cannot go on without it and ends, with exit code 1. "
+        "What the other one wrote may say more."
     )
 
 
 def explain_given_up(loss: Loss, own: Standing) -> str:
     """The message of a process that the others took for lost while it lives."""
-    by = "the others" if loss.told_by is None else f"process {loss.told_by}"
+    by = "another process" if loss.told_by is None else f"process {loss.told_by}"
     return (
-        f"error: {by} gave up this {own}: it {loss.reason}. It {own.progress()}. "
-        "The run has ended, so this process ends, too, with exit code 1."
+        f"error: this {own} was given up by {by}: it {loss.reason}. It {own.progress()}. The run "
+        "is over, so this process ends, with exit code 1."
     )

@@ -9,16 +9,16 @@ from typing import Any
 
 from pdjax.distributed.members import Member
 from pdjax.distributed.mesh import Mesh
+from pdjax.errors import ClusterError
 
 _FOLLOW_UP_S = 0.5
-_TELL_S = 1.0
 
 
 class Peers:
     """All processes of a run; made by `pdjax.distributed.initialize`.
 
-    While it stands, a process that is killed, hangs or cannot be reached ends all others within
-    `lost_peer_timeout_s`, with a message on standard error and exit code 1. May be used from
+    While it stands, a process that is killed, fails, hangs or cannot be reached ends all others
+    within `lost_peer_timeout_s`, with a message on standard error and exit code 1. May be used from
     several threads.
 
     Attributes:
@@ -34,11 +34,13 @@ class Peers:
         self.num_processes = len(members)
         self.hosts = tuple(member.host for member in members)
         self.address = mesh.address
+        self.has_failed = False
         self._mesh = mesh
+        self._standing = mesh.standings[own_id]
         self._turn = 0
         self._turns = threading.Lock()
-        self.has_failed = False
         self._closed = False
+        self._closing = threading.Lock()
 
     def exchange(self, about: str, value: Any) -> list[Any]:
         """Tells all processes a value; waits for theirs; returns all, in order of process.
@@ -51,9 +53,11 @@ class Peers:
             value: anything that JSON has a form for; tuples come back as lists.
 
         Raises:
-            ValueError: if JSON has no form for the value.
+            ValueError: if JSON has no form for the value, or it is longer than 64 MiB.
             ClusterError: if the processes are at different calls, or one of them has ended.
         """
+        if self._closed:
+            raise ClusterError(f"cannot exchange {about!r}: this process has left the run.")
         try:
             plain = json.loads(json.dumps(value))
         except (TypeError, ValueError) as error:
@@ -62,10 +66,11 @@ class Peers:
                 f"texts, lists and dictionaries with texts as keys ({error})."
             ) from error
         with self._turns:
-            turn, self._turn = self._turn, self._turn + 1
-            message = {"turn": turn, "about": about, "value": plain}
-            self._mesh.exchanges.hear(self.process_id, message)
+            turn = self._turn
+            message = {"kind": "value", "turn": turn, "about": about, "value": plain}
             self._mesh.post(message)
+            self._turn += 1
+            self._mesh.exchanges.hear(self.process_id, message)
             return self._mesh.exchanges.wait(turn, about)
 
     def describe(self, stages: str) -> None:
@@ -74,31 +79,39 @@ class Peers:
         Args:
             stages: such as "stage 1: block_2 … head".
         """
-        self._mesh.standings[self.process_id].stages = stages
-        self._mesh.post({"stages": stages})
+        self._standing.stages = stages
+        self._mesh.post({"kind": "stages", "stages": stages})
 
     def completed(self, num_minibatches: int) -> None:
         """Says how many minibatches this process has completed; costs next to nothing."""
-        self._mesh.standings[self.process_id].num_minibatches = num_minibatches
+        self._standing.num_minibatches = num_minibatches
 
     def fail(self, reason: str) -> None:
-        """Tells the others that this process ends before its time; they end, too.
+        """Tells the others that this process ends before its time, so that they end, too.
 
-        If that is only what follows from the loss of another process, the message about that one
+        If it is the loss of another process that made this one fail, the message about that one
         ends this process here, as if `fail` had not been called.
 
         Args:
             reason: in words, such as "ValueError: the batch is empty".
         """
-        if self._closed:
+        self.leave(f"failed: {reason}", _FOLLOW_UP_S)
+
+    def leave(self, reason: str, follow_up_s: float = 0.0) -> None:
+        """As `fail`, in other words.
+
+        Args:
+            reason: in words that go on after the name of this process.
+            follow_up_s: seconds to wait for the loss of another process from which this may follow.
+        """
+        if self._closed or self._mesh.wait_for_end(follow_up_s):
             return
-        if self._mesh.wait_for_end(_FOLLOW_UP_S):
-            return
-        self._closed = self.has_failed = True
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = self.has_failed = True
         self._mesh.turn_deaf()
-        own = self._mesh.standings[self.process_id]
-        self._mesh.post({"failed": f"failed: {reason}", "alive": own.num_minibatches})
-        self._mesh.drain(_TELL_S)
+        self._mesh.post({"kind": "failed", "reason": reason, **self._standing.known()})
         self._mesh.stop()
 
     def close(self) -> None:
@@ -106,9 +119,10 @@ class Peers:
 
         A loss among those who still work ends this process, too, as long as it waits.
         """
-        if self._closed:
-            return
-        self._closed = True
-        self._mesh.say_goodbye()
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+        self._mesh.post({"kind": "goodbye"})
         self._mesh.wait_for_goodbyes()
         self._mesh.stop()

@@ -56,8 +56,10 @@ class Relay:
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._start(self._backward, far, near)
         _copy(near, far)
-        far.close()
-        near.close()
+        for end in (near, far):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)  # `close` alone leaves the other thread waiting
+            end.close()
 
     def _backward(self, far: socket.socket, near: socket.socket) -> None:
         _copy(far, near)  # and then `near` stays open, in silence

@@ -24,16 +24,12 @@ class Settings:
 
     Attributes:
         coordinator: where process 0 can be reached.
-        local_device_ids: the devices of this host that this process uses; None for all.
-        timeout_s: seconds to wait for the others.
         lost_peer_timeout_s: seconds within which the loss of a process ends the others.
     """
 
     coordinator: Address
     num_processes: int
     process_id: int
-    local_device_ids: tuple[int, ...] | None = None
-    timeout_s: float = 300.0
     lost_peer_timeout_s: float = 10.0
 
     def __post_init__(self) -> None:
@@ -44,7 +40,6 @@ class Settings:
                 f"process_id {self.process_id}: expected from 0 to {self.num_processes - 1}, "
                 f"num_processes being {self.num_processes}."
             )
-        check_seconds(self.timeout_s, self.lost_peer_timeout_s)
 
 
 def check_seconds(timeout_s: float, lost_peer_timeout_s: float) -> None:
@@ -94,6 +89,20 @@ def given_or_environment(
         _whole("num_processes", known["num_processes"]),
         _whole("process_id", known["process_id"]),
     )
+
+
+def check_same(known: tuple[Address, int, int] | None, num_processes: int, process_id: int) -> None:
+    """Refuses what contradicts what JAX was told before.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if known is not None and known[1:] != (num_processes, process_id):
+        raise ValueError(
+            f"got num_processes {known[1]} and process_id {known[2]}, but "
+            f"jax.distributed.initialize was called with {num_processes} and {process_id}. Leave "
+            "them out, or leave that call to pdjax.distributed.initialize."
+        )
 
 
 def device_ids(local_device_ids: int | Sequence[int] | None) -> tuple[int, ...] | None:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
 
 from pdjax.distributed.connecting import connect_all
-from pdjax.distributed.ending import EndOfProgram, end_process
+from pdjax.distributed.ending import EndOfProgram, end_process, say
+from pdjax.distributed.frames import Link
+from pdjax.distributed.guest import Guest
+from pdjax.distributed.host import Host
 from pdjax.distributed.members import Address, Member, introduce
 from pdjax.distributed.mesh import Mesh
 from pdjax.distributed.peers import Peers
 from pdjax.distributed.relay import Relay
-from pdjax.distributed.rendezvous import (
-    Rendezvous,
-    is_loopback,
-    listen_for_peers,
-    make_rendezvous,
-)
+from pdjax.distributed.rendezvous import Rendezvous, is_loopback, listen_for_peers
 from pdjax.distributed.settings import (
     Settings,
+    check_same,
     check_seconds,
     device_ids,
     given_or_environment,
@@ -48,18 +49,22 @@ def current() -> Peers | None:
 
 
 def is_needed() -> bool:
-    """Whether this process was started as one of several, or JAX was told so already.
+    """Whether this process was started as one of several.
 
-    It looks at the variables of `python -m pdjax.launch` and of the clusters that JAX knows; a
-    cluster job of a single process is one, too, and works.
+    That is what the variables of `python -m pdjax.launch` say, or `jax.distributed.initialize` if
+    it was called before, or the cluster, if JAX knows its kind.
+
+    Raises:
+        ValueError: if the variables make no sense.
     """
     from pdjax.distributed import jax_client
 
-    return (
-        given_or_environment(None, None, None) is not None
-        or jax_client.is_initialized()
-        or jax_client.is_in_cluster()
-    )
+    known = given_or_environment(None, None, None)
+    if known is not None:
+        return known[1] > 1
+    if jax_client.is_initialized():
+        return jax_client.joined().num_processes > 1
+    return jax_client.num_processes_in_cluster() > 1
 
 
 def initialize(
@@ -79,7 +84,11 @@ def initialize(
     those that it was given.
 
     From then on a process that is killed, fails, hangs or cannot be reached ends all others with a
-    message and exit code 1.
+    message and exit code 1. The program may end at different times in different processes, and
+    each waits at its end for the others. SIGTERM ends a process, unless the program handles it:
+    JAX's own preemption service, which would catch it, is not started. (To use that one, call
+    `jax.distributed.initialize` before. JAX then speaks to its coordinator directly, and if process
+    0 is killed its abort from C++ may come before the message.)
 
     Args:
         coordinator: HOST:PORT at which all others reach process 0; the port must be free there.
@@ -88,7 +97,7 @@ def initialize(
         timeout_s: seconds to wait for the others.
         lost_peer_timeout_s: seconds within which the loss of a process ends the others.
         local_device_ids: the devices of this host that this process uses; by default all, or what
-            JAX says under Slurm and Open MPI.
+            JAX finds out under Slurm and Open MPI.
 
     Raises:
         ValueError: if an argument makes no sense, or only some of the first three are known.
@@ -96,27 +105,34 @@ def initialize(
             with one number, different versions of Python or the libraries), or JAX is in use
             already.
     """
+    from pdjax.distributed import jax_client
+    from pdjax.distributed.store import StoreRendezvous
+
     if _Run.peers is not None:
         raise ClusterError(
             "pdjax.distributed.initialize was called before; what it returned is "
             "pdjax.distributed.current()."
         )
-    from pdjax.distributed import jax_client
-    from pdjax.distributed.store import StoreRendezvous
-
-    deadline = time.monotonic() + timeout_s
     check_seconds(timeout_s, lost_peer_timeout_s)
+    deadline = time.monotonic() + timeout_s
     known = given_or_environment(coordinator, num_processes, process_id)
     ids = device_ids(local_device_ids)
     if jax_client.is_initialized():
-        settings = _as_joined(known, timeout_s, lost_peer_timeout_s)
+        joined = jax_client.joined()
+        check_same(known, joined.num_processes, joined.process_id)
+        settings = Settings(
+            Address.parse(joined.coordinator),
+            joined.num_processes,
+            joined.process_id,
+            lost_peer_timeout_s,
+        )
         return _meet(settings, StoreRendezvous, None, deadline)
     if known is None:
-        settings = _as_detected(ids, timeout_s, lost_peer_timeout_s)
-    else:
-        settings = Settings(*known, ids, timeout_s, lost_peer_timeout_s)
-    peers = _meet(settings, make_rendezvous, _used_before(), deadline)
-    _start_jax(settings, peers, deadline)
+        known, ids = _detect(ids, timeout_s)
+    settings = Settings(*known, lost_peer_timeout_s)
+    kind = Guest if settings.process_id else Host
+    peers = _meet(settings, kind, _used_before(), deadline)
+    _start_jax(settings, ids, peers, deadline)
     return peers
 
 
@@ -125,53 +141,26 @@ def shutdown() -> None:
 
     At the end of a program it happens by itself. Without a run it does nothing.
     """
+    from pdjax.distributed import jax_client
+
     peers, end = _Run.peers, _Run.end
     if peers is None or end is None:
         return
     peers.close()
     if _Run.started_jax and not peers.has_failed:
-        from pdjax.distributed import jax_client
-
         jax_client.shutdown()
     end.forget()
     _Run.peers = _Run.end = None
     _Run.started_jax = False
 
 
-def _as_joined(
-    known: tuple[Address, int, int] | None, timeout_s: float, lost_peer_timeout_s: float
-) -> Settings:
-    """How JAX was told to take part.
+def _detect(
+    ids: tuple[int, ...] | None, timeout_s: float
+) -> tuple[tuple[Address, int, int], tuple[int, ...] | None]:
+    """What JAX finds out: coordinator, processes and which one this is; and its devices.
 
     Raises:
-        ValueError: if this process is told otherwise now.
-    """
-    from pdjax.distributed import jax_client
-
-    joined = jax_client.joined()
-    if known is not None and known[1:] != (joined.num_processes, joined.process_id):
-        raise ValueError(
-            f"got num_processes {known[1]} and process_id {known[2]}, but jax.distributed was "
-            f"initialized with {joined.num_processes} and {joined.process_id}. Leave them out, or "
-            "leave jax.distributed.initialize to pdjax.distributed.initialize."
-        )
-    return Settings(
-        Address.parse(joined.coordinator),
-        joined.num_processes,
-        joined.process_id,
-        None,
-        timeout_s,
-        lost_peer_timeout_s,
-    )
-
-
-def _as_detected(
-    ids: tuple[int, ...] | None, timeout_s: float, lost_peer_timeout_s: float
-) -> Settings:
-    """How JAX finds out that this process takes part.
-
-    Raises:
-        ValueError: if nothing says so.
+        ValueError: if nothing says it.
     """
     from pdjax.distributed import jax_client
 
@@ -182,24 +171,18 @@ def _as_detected(
             "process_id, or start the program with 'python -m pdjax.launch', or under Slurm, Open "
             "MPI, Kubernetes or on a TPU pod."
         )
-    if ids is None and found.local_device_ids is not None:
-        ids = tuple(found.local_device_ids)
-    return Settings(
-        Address.parse(found.coordinator),
-        found.num_processes,
-        found.process_id,
-        ids,
-        timeout_s,
-        lost_peer_timeout_s,
-    )
+    joined, detected_ids = found
+    address = Address.parse(joined.coordinator)
+    return (address, joined.num_processes, joined.process_id), detected_ids if ids is None else ids
 
 
 def _meet(settings: Settings, make: _Make, problem: str | None, deadline: float) -> Peers:
     """Connects the processes, and begins to watch over them."""
-    own_id = settings.process_id
+    from pdjax.distributed import jax_client
+
     with listen_for_peers() as listener:
         own = introduce(
-            own_id,
+            settings.process_id,
             settings.num_processes,
             Address("", listener.getsockname()[1]),
             _versions(),
@@ -207,22 +190,46 @@ def _meet(settings: Settings, make: _Make, problem: str | None, deadline: float)
             problem,
         )
         rendezvous = make(settings.coordinator, own, deadline)
-        try:
-            members = rendezvous.meet()
-            links = {}
-            try:
-                links = connect_all(members, own_id, settings.coordinator.host, listener, deadline)
-            except ClusterError as error:
-                problem = str(error)
-            rendezvous.agree(problem)
-        finally:
-            rendezvous.close()
-    mesh = Mesh(members, own_id, links, end_process)
-    peers = Peers(members, own_id, mesh)
+        members, links = bring_together(rendezvous, settings, listener, deadline)
+    mesh = Mesh(members, settings.process_id, links, say, end_process)
+    peers = Peers(members, settings.process_id, mesh)
     mesh.start()
-    _Run.peers, _Run.end = peers, EndOfProgram(peers)
+    _Run.peers = peers
+    _Run.end = EndOfProgram(peers, catch_sigterm=not jax_client.handles_sigterm())
     _Run.end.watch()
     return peers
+
+
+def bring_together(
+    rendezvous: Rendezvous, settings: Settings, listener: socket.socket, deadline: float
+) -> tuple[list[Member], dict[int, Link]]:
+    """Meets the others and connects to them; returns all, in order, and the links by process id.
+
+    Args:
+        rendezvous: how they meet.
+        settings: how this process takes part.
+        listener: where the others connect to it.
+        deadline: when to give up, as `time.monotonic` has it.
+
+    Raises:
+        ClusterError: if that does not succeed everywhere.
+    """
+    links: dict[int, Link] = {}
+    problem = None
+    with contextlib.closing(rendezvous):
+        members = rendezvous.meet()
+        own_id, host = settings.process_id, settings.coordinator.host
+        try:
+            links = connect_all(members, own_id, host, listener, deadline, rendezvous.look)
+        except ClusterError as error:
+            problem = str(error)
+        try:
+            rendezvous.agree(problem)
+        except ClusterError:
+            for link in links.values():
+                link.close()
+            raise
+    return members, links
 
 
 def _used_before() -> str | None:
@@ -236,7 +243,9 @@ def _used_before() -> str | None:
     return None
 
 
-def _start_jax(settings: Settings, peers: Peers, deadline: float) -> None:
+def _start_jax(
+    settings: Settings, ids: tuple[int, ...] | None, peers: Peers, deadline: float
+) -> None:
     """Tells JAX of the processes.
 
     Raises:
@@ -251,13 +260,9 @@ def _start_jax(settings: Settings, peers: Peers, deadline: float) -> None:
         address = Relay(coordinator.host, coordinator.port, deadline).address
     elif is_loopback(coordinator.host):
         bind_address = address
+    joined = jax_client.Joined(address, settings.num_processes, settings.process_id)
     try:
-        jax_client.initialize(
-            jax_client.Joined(address, settings.num_processes, settings.process_id),
-            settings.local_device_ids,
-            bind_address,
-            deadline - time.monotonic(),
-        )
+        jax_client.initialize(joined, ids, bind_address, deadline - time.monotonic())
     except Exception as error:
         peers.fail(f"JAX could not start: {error}")
         raise ClusterError(f"JAX could not start at {coordinator}: {error}") from error

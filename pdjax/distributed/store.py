@@ -32,6 +32,9 @@ class StoreRendezvous(Rendezvous):
             raise ClusterError(problem)
         return members
 
+    def look(self) -> None:
+        """There is nothing to see."""
+
     def agree(self, problem: str | None) -> None:
         """Tells and hears whether all go on."""
         problems = self._exchange("problems", problem)

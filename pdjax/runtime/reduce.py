@@ -15,6 +15,9 @@ from pdjax.runtime.placed import Values, placed
 from pdjax.runtime.state import StageState
 
 _AXIS = "replica"
+_INLINE = 1000
+"""Programs with fewer operations the CPU runs in the thread that dispatches them. One that waits
+for other processes would hold it up, so it is given more to do."""
 
 
 class AllReduce:
@@ -38,6 +41,9 @@ class AllReduce:
         self._devices = [next(iter(placement.device_set)) for placement in placements]
         self._here = [device.process_index == jax.process_index() for device in self._devices]
         self._shapes = tuple(shapes)
+        self._num_wanted = len(self._shapes)
+        if not all(self._here) and 0 < sum(s.size for s in shapes) < _INLINE:
+            self._shapes += (jax.ShapeDtypeStruct((_INLINE,), jnp.float32),)
         mesh = Mesh(np.array(self._devices), (_AXIS,))
         self._sharding = NamedSharding(mesh, PartitionSpec(_AXIS))
         combine = jax.lax.pmean if mean else jax.lax.psum
@@ -74,18 +80,19 @@ class AllReduce:
             for s in long
         )
         yield partial(self._run.lower, whole)
-        yield from (zeros.lower for zeros in self._zeros)
-        if self._scalars:
-            without, with_axis = (
-                tuple(shapes[at] for at in self._scalars) for shapes in (self._shapes, long)
-            )
-            yield from (partial(run.lower, without) for run in self._with_axis)
-            yield from (partial(run.lower, with_axis) for run in self._without)
+        without, with_axis = (
+            tuple(shapes[at] for at in self._scalars) for shapes in (self._shapes, long)
+        )
+        for at in (at for at, here in enumerate(self._here) if here):
+            yield self._zeros[at].lower
+            if self._scalars:
+                yield partial(self._with_axis[at].lower, without)
+                yield partial(self._without[at].lower, with_axis)
 
     @property
     def sent_bytes(self) -> int:
         """Bytes that each replica sends: 2 (r - 1) / r of those of the arrays, around a ring."""
-        size = sum(s.size * s.dtype.itemsize for s in self._shapes)
+        size = sum(s.size * s.dtype.itemsize for s in self._shapes[: self._num_wanted])
         return round(2 * (len(self._devices) - 1) / len(self._devices) * size)
 
     def __call__(self, parts: Sequence[Values | None]) -> list[Values | None]:
@@ -103,11 +110,7 @@ class AllReduce:
         """
         if not self._shapes:
             return [() for _ in parts]
-        given = [
-            self._lengthened(at, self._zeros[at]() if part is None else part)
-            for at, part in enumerate(parts)
-            if self._here[at]
-        ]
+        given = [self._lengthened(at, part) for at, part in enumerate(parts) if self._here[at]]
         whole = tuple(self._joined(column) for column in zip(*given, strict=True))
         sums = self._run(whole)
         found: list[list[Any]] = [[] for _ in parts]
@@ -117,14 +120,16 @@ class AllReduce:
                 if self._here[at]:
                     found[at].append(by_device[device])
         return [
-            self._shortened(at, tuple(values)) if here else None
+            self._shortened(at, tuple(values))[: self._num_wanted] if here else None
             for at, (values, here) in enumerate(zip(found, self._here, strict=True))
         ]
 
-    def _lengthened(self, replica: int, values: Values) -> list[Any]:
-        lengthened = list(values)
+    def _lengthened(self, replica: int, part: Values | None) -> list[Any]:
+        lengthened = list(part or ())
+        if len(lengthened) < len(self._shapes):
+            lengthened += self._zeros[replica]()[len(lengthened) :]
         if self._scalars:
-            short = tuple(values[at] for at in self._scalars)
+            short = tuple(lengthened[at] for at in self._scalars)
             for at, value in zip(self._scalars, self._with_axis[replica](short), strict=True):
                 lengthened[at] = value
         return lengthened
