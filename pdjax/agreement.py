@@ -53,10 +53,10 @@ def facts(
     for name, shape, axis in zip(spec.names, spec.shapes, spec.axes, strict=True):
         found[f"the batch leaf {name!r}"] = f"{_text_of_shape(shape)}, batch axis {axis}"
     found["the random key"] = _text_of_leaf(key)
-    found |= _facts_of_tree("parameter", params)
-    found |= _facts_of_tree("model_state", model_state)
+    found |= _facts_of_tree("parameters", "parameter", params)
+    found |= _facts_of_tree("model_state", "model_state leaf", model_state)
     program = graph.traced.program
-    found["the loss function"] = jaxprs.fingerprint(program.equations)
+    found["the loss function"] = f"digest {jaxprs.fingerprint(program.equations)}"
     found["what the loss function closes over"] = str(list(map(_text_of_leaf, program.consts)))
     found["the optimizer"] = _digest(" ".join(_texts_of_optimizer(settings, shapes_of(params))))
     return {name: _without_addresses(text) for name, text in found.items()}
@@ -66,12 +66,13 @@ def check_agreement(peers: Peers, mine: dict[str, str]) -> None:
     """Compares with what the other processes were given.
 
     Raises:
-        ValueError: if something differs; in every process, with the first difference by name.
+        ValueError: if something differs; in every process, with one difference by name: something
+            that only one of them has, or else the first.
     """
     short = {name: text if len(text) <= _SHOWN else _digest(text) for name, text in mine.items()}
     said: Sequence[dict[str, str]] = peers.exchange("what is trained", short)
     for process, theirs in enumerate(said):
-        for name in [*said[0], *(name for name in theirs if name not in said[0])]:
+        for name in _names(said[0], theirs):
             first, other = said[0].get(name, "nothing"), theirs.get(name, "nothing")
             if first != other:
                 raise ValueError(
@@ -81,11 +82,17 @@ def check_agreement(peers: Peers, mine: dict[str, str]) -> None:
                 )
 
 
-def _facts_of_tree(kind: str, given: Any) -> dict[str, str]:
+def _names(mine: dict[str, str], theirs: dict[str, str]) -> list[str]:
+    """All names; those that only one has come first, because they explain the most."""
+    common = mine.keys() & theirs.keys()
+    return sorted({**mine, **theirs}, key=lambda name: name in common)
+
+
+def _facts_of_tree(all_of_it: str, leaf_of_it: str, given: Any) -> dict[str, str]:
     if is_function(given):
-        return {f"the function that makes the {kind}s": _digest(_text_of_function(given))}
+        return {f"the function that makes the {all_of_it}": _digest(_text_of_function(given))}
     pairs = zip(leaf_names(given), jax.tree.leaves(given), strict=True)
-    return {f"the {kind} {name!r}": _text_of_leaf(leaf) for name, leaf in pairs}
+    return {f"the {leaf_of_it} {name!r}": _text_of_leaf(leaf) for name, leaf in pairs}
 
 
 def _text_of_leaf(leaf: Any) -> str:
@@ -95,7 +102,7 @@ def _text_of_leaf(leaf: Any) -> str:
         return _text_of_shape(shape)
     flat = np.asarray(jax.random.key_data(leaf) if is_key(shape) else leaf).reshape(-1)
     step = max(1, flat.size // _SAMPLED)
-    return f"{_text_of_shape(shape)}, digest {_digest(flat[::step].tobytes())}"
+    return f"{_text_of_shape(shape)}, {_digest(flat[::step].tobytes())}"
 
 
 def _text_of_shape(shape: jax.ShapeDtypeStruct) -> str:
@@ -120,4 +127,4 @@ def _without_addresses(text: str) -> str:
 
 def _digest(about: str | bytes) -> str:
     content = about.encode() if isinstance(about, str) else about
-    return hashlib.sha256(content).hexdigest()[:12]
+    return f"digest {hashlib.sha256(content).hexdigest()[:12]}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -78,3 +80,44 @@ def _compare(training, found, expected, *, exact):
             chex.assert_trees_all_close(found[key], value, rtol=1e-12, atol=1e-14)
     assert found["compiled first"] <= 4, training  # copies of the batch and the like
     assert found["compiled again"] == 0, training
+
+
+def test_every_stage_makes_its_own_parameters(tmp_path, compiled_as_in_programs):
+    """And no device ever holds more; the numbers are those of the function, to the last bit."""
+    with jax.enable_x64(False):
+        expected = trainings.run_made("arrays")
+        in_one = trainings.run_made("functions")
+    done = launch("make.py", 2, str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    in_two = [dict(np.load(tmp_path / f"{process}.npz")) for process in range(2)]
+    for found in (in_one, *in_two):
+        for key, value in expected.items():
+            if not key.startswith("own"):
+                np.testing.assert_array_equal(found[key], value, key)
+    for stage in range(2):
+        assert f"own/held {1 - stage}" not in in_two[stage]
+        for found in (in_one, in_two[stage]):
+            limit, held = found[f"own/limit {stage}"], found[f"own/held {stage}"]
+            assert limit > 90_000
+            assert limit <= held < limit + 8_000  # less than half of a layer more
+
+
+def test_what_processes_must_have_in_common(tmp_path):
+    """All are told of the first difference, and nobody waits for ever when sizes differ later."""
+    done = launch("refuse.py", 2, str(tmp_path))
+    first, second = (json.loads((tmp_path / f"{process}.json").read_text()) for process in range(2))
+    assert done.returncode == 1
+    assert "BrokenPipelineError" in done.stdout
+    assert first["disagreements"] == second["disagreements"]
+    for name, text in first["disagreements"].items():
+        has = r"process {} on \S+ has .+".format
+        assert re.match(f"the processes disagree about {name}: {has(0)}, {has(1)}. Start", text)
+    for said in (first, second):
+        assert said["too many stages"].startswith("3 stages need as many devices, but there are 2")
+    assert first["devices of process 0"] is None
+    assert "are in process 0" in second["devices of process 0"]
+    for said, mine in ((first, "x"), (second, "y")):
+        assert said["reads"] == {"x": mine == "x", "y": mine == "y"}
+        for call in ("step", "evaluate"):
+            assert f"only the shape of ['{mine}'], which a stage of this" in said[f"{call} shapes"]
+    assert first["loss"] == second["loss"]

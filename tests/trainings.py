@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -19,6 +20,7 @@ import zoo
 
 import pdjax
 from pdjax import schedules
+from pdjax.runtime import start
 from pdjax.schedules import Schedule
 from pdjax.weights import VERTICAL_SYNC
 
@@ -115,6 +117,85 @@ def run(training: Training) -> Found:
     found["compiled first"] = np.asarray(len(compiled[0]))
     found["compiled again"] = np.asarray(sum(len(compiled[at]) for at in again))
     return found
+
+
+def run_made(given: Literal["functions", "arrays"]) -> Found:
+    """Trains a model on two workers whose parameters and state are made by functions, or arrays.
+
+    Of every stage of this process come "own/limit", the bytes that its weights and its optimizer
+    state take, and "own/held", the most that its device held during and after `init`.
+    """
+    model, case = _Wide(), zoo.dense_blocks(width=_Wide.width)
+    x, y = case.make_batch(4, 0).values()
+
+    def loss_fn(params: Any, state: Any, batch: Any) -> Any:
+        variables = {"params": params, "batch_stats": state}
+        y, new = model.apply(variables, batch["x"], mutable=["batch_stats"])
+        return jnp.mean((y - batch["y"]) ** 2), new["batch_stats"]
+
+    def make(kind: str) -> Callable[[], Any]:
+        return lambda: model.init(jax.random.key(3), x)[kind]
+
+    params, state = make("params"), make("batch_stats")
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(params))]
+    if given == "arrays":
+        params, state = jax.jit(params)(), jax.jit(state)()
+    pipe = pdjax.Pipeline(loss_fn, ADAM, plan="balanced", num_stages=2, num_microbatches=2)
+    batch = {"x": x, "y": y}
+    with _watched() as held:
+        state = pipe.init(params, batch, model_state=state)
+    found: Found = {}
+    stages = jax.tree.leaves(pipe.stage_of_parameters())
+    for stage, mine in enumerate(state.run.stages):
+        if mine.weights:
+            limit = sum(size for at, size in zip(stages, sizes, strict=True) if at == stage)
+            found[f"own/limit {stage}"] = np.asarray(3 * limit)  # Adam keeps two moments
+            found[f"own/held {stage}"] = np.asarray(held[mine.weights[0].device])
+    found |= _named("initial", (pipe.params(state), pipe.model_state(state)))
+    for _ in range(3):
+        state, metrics = pipe.step(state, batch)
+    found |= _named("trained", (metrics, pipe.params(state), pipe.model_state(state)))
+    return found
+
+
+class _Wide(nn.Module):
+    """Layers that are large beside all else."""
+
+    width = 64
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for _ in range(4):
+            x = nn.tanh(nn.BatchNorm(use_running_average=False)(nn.Dense(self.width)(x)))
+        return x
+
+
+@contextmanager
+def _watched() -> Iterator[dict[Any, int]]:
+    """The most bytes that each device holds inside the ``with``, beside those from before it."""
+    before, most, run = _live_bytes(), Counter[Any](), start._run
+
+    def look() -> None:
+        for device, size in (_live_bytes() - before).items():
+            most[device] = max(most[device], size)
+
+    def watched(*arguments: Any) -> Any:
+        made = run(*arguments)
+        look()
+        return made
+
+    start._run = watched
+    yield most
+    start._run = run
+    look()
+
+
+def _live_bytes() -> Counter[Any]:
+    live = Counter[Any]()
+    for array in jax.live_arrays():
+        for shard in array.addressable_shards:
+            live[shard.device] += shard.data.nbytes
+    return live
 
 
 def _shape_unless(is_read: bool, leaf: Any) -> Any:
