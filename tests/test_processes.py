@@ -9,12 +9,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import chex
 import jax
 import numpy as np
 import pytest
 import trainings
+
+import pdjax
+from pdjax import joint_topology
+from pdjax.topology import Level
 
 PROGRAMS = Path(__file__).parent / "programs"
 CACHE = {
@@ -102,12 +108,12 @@ def test_every_stage_makes_its_own_parameters(tmp_path, compiled_as_in_programs)
             assert limit <= held < limit + 8_000  # less than half of a layer more
 
 
-def test_what_processes_must_have_in_common(tmp_path):
-    """All are told of the first difference, and nobody waits for ever when sizes differ later."""
-    done = launch("refuse.py", 2, str(tmp_path))
+def test_trouble_is_the_same_in_all_processes(tmp_path):
+    """What differs has a name in all of them, and whatever goes wrong nobody waits for ever."""
+    done = launch("trouble.py", 2, str(tmp_path))
     first, second = (json.loads((tmp_path / f"{process}.json").read_text()) for process in range(2))
     assert done.returncode == 1
-    assert "BrokenPipelineError" in done.stdout
+    assert "[1] KeyError: 'a mistake'" in done.stdout
     assert first["disagreements"] == second["disagreements"]
     for name, text in first["disagreements"].items():
         has = r"process {} on \S+ has .+".format
@@ -120,4 +126,38 @@ def test_what_processes_must_have_in_common(tmp_path):
         assert said["reads"] == {"x": mine == "x", "y": mine == "y"}
         for call in ("step", "evaluate"):
             assert f"only the shape of ['{mine}'], which a stage of this" in said[f"{call} shapes"]
+        assert said["nonfinite"] == 3
+        assert said["cuts"] == [0, 1]
+        assert "step 0 failed with JaxRuntimeError" in said["sizes"]
     assert first["loss"] == second["loss"]
+
+
+@pytest.mark.parametrize(
+    ("owners", "memory", "expected"),
+    [
+        ([0, 1], [[8], [9]], "2@5MB/s:1*8B,1*9B"),
+        ([0, 0, 1, 1], [[8, 8], [8, 8]], "2x2@20MB/s,5MB/s:8B"),
+        ([1, 0, 1, 0], [[4, 5], [6, 7]], "4@5MB/s:1*6B,1*4B,1*7B,1*5B"),
+        ([0, 0, 1], [[8, 8], []], "3@5MB/s"),
+        ([1, 1], [None, [8, 8]], "2x1@20MB/s,5MB/s:8B"),
+    ],
+)
+def test_topology_of_several_processes(owners, memory, expected, monkeypatch):
+    """The slowest links count; of devices that take turns in processes nothing nearer is known."""
+
+    class Both:
+        def exchange(self, about, mine):
+            other = {"between": 5e6, "within": 20e6, "memory": memory[1]}
+            assert mine["between"] == 7e6
+            assert ("memory" in mine) == (0 in owners)
+            return [mine, other if 1 in owners else {"between": 5e6}]
+
+    def local_topology(devices):
+        assert [device.process_index for device in devices] == [0] * owners.count(0)
+        return pdjax.Topology((Level(len(devices), 30e6),), tuple(memory[0]))
+
+    monkeypatch.setattr(joint_topology, "measure_between_processes", lambda *_: 7e6)
+    monkeypatch.setattr(joint_topology, "local_topology", local_topology)
+    devices = [SimpleNamespace(process_index=owner) for owner in owners]
+    peers: Any = Both()
+    assert str(joint_topology.joint_topology(devices, peers)) == expected

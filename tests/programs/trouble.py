@@ -1,4 +1,4 @@
-"""One of two processes that are given different things, and writes what each is told."""
+"""One of two processes that get into all kinds of trouble, and writes what it is told."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import zoo
 
 import pdjax
 from pdjax import distributed
+from pdjax.profile import LayerProfile
 
 folder = Path(sys.argv[1])
 peers = distributed.initialize()
@@ -111,8 +112,35 @@ said["reads"] = pipe.reads()
 mine = {name: batch[name] if is_read else shapes[name] for name, is_read in pipe.reads().items()}
 state, metrics = pipe.step(state, mine)
 said["loss"] = float(metrics["loss"])
+
+# A loss that is not finite is noticed by both at the same step, though one has seen it before.
+pipe, state = init({"run_ahead": 3})
+for said["nonfinite"] in range(8):
+    try:
+        state, metrics = pipe.step(state, {**batch, "y": batch["y"] * np.nan})
+    except pdjax.NonFiniteLossError:
+        break
+    if differs:
+        jax.block_until_ready(metrics)
+
+# A plan for links that both measure.
+layers = tuple(LayerProfile(f"block_{i}", 1e-3, 2e-3, 1e6, 8.0) for i in range(2))
+profile = pdjax.Profile(layers, batch_size=4)
+pipe, state = init({"plan": "auto", "profile": profile})
+said["cuts"] = pipe.plan.first_layers
+
+# Minibatches of different sizes.
+for _ in range(2):
+    state, metrics = pipe.step(state, case.make_batch(changed(8, 4), 0))
+try:
+    pipe.drain(state)
+except pdjax.BrokenPipelineError as error:
+    said["sizes"] = str(error)
 (folder / f"{peers.process_id}.json").write_text(json.dumps(said))
 
-for _ in range(2):  # the sizes differ from here on
-    state, metrics = pipe.step(state, case.make_batch(changed(8, 4), 0))
-pipe.drain(state)
+# An error of one process's program, while the other waits for it.
+pipe, state = init()
+with pipe.record(state):
+    if differs:
+        raise KeyError("a mistake")
+    pipe.step(state, batch)
