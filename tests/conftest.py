@@ -1,4 +1,4 @@
-"""Four virtual CPU devices for every test, and one compilation cache for all of them."""
+"""Five virtual CPU devices for every test, and one compilation cache for all of them."""
 
 import os
 import tempfile

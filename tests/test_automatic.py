@@ -225,7 +225,7 @@ def test_a_plan_of_another_model_is_refused():
         ({"plan": 5}, "plan=5; expected 'auto'"),
         ({"plan": "balanced", "topology": "4@1GB/s"}, "topology and profile serve plan='auto'"),
         ({"profile": "none.json"}, "cannot read the profile none.json"),
-        ({"num_stages": 5}, "5 stages need as many devices, but there are 4"),
+        ({"num_stages": 6}, "6 stages need as many devices, but there are 5"),
         ({"remat": ["none", "full"], "num_stages": 3}, "disagree about the number of stages"),
     ],
 )
@@ -235,7 +235,7 @@ def test_arguments_that_make_no_sense(options, message):
 
 
 def test_machines_and_profiles_that_do_not_go_with_the_model(measured, cache):
-    with pytest.raises(ValueError, match="has 8 workers, but there are 4 devices"):
+    with pytest.raises(ValueError, match="has 8 workers, but there are 5 devices"):
         make_pipe(topology="8@1GB/s").init(CASE.params, BATCH)
     profile = make_profile()
     other = replace(profile, device="TPU v9", source="measured")

@@ -75,7 +75,7 @@ def test_the_fastest_synchronous_schedule_is_chosen_and_run(plan, caplog):
 
 
 def test_asynchronous_ones_only_if_stale_weights_are_allowed():
-    pipe, state, batch = make(allow_stale=True, devices=jax.devices(), topology="4@1GB/s")
+    pipe, state, batch = make(allow_stale=True, devices=jax.devices()[:4], topology="4@1GB/s")
     assert names_of(pipe) == set(ALGORITHMS)
     assert pipe.schedule.name == "pipedream_2bw"  # as fast as the others, and least stale
     state, _ = pipe.step(state, batch)
@@ -124,7 +124,7 @@ def test_what_stale_weights_cannot_do_exactly_keeps_to_synchronous_schedules(cas
 
 def test_what_is_averaged_over_a_minibatch_needs_one_that_is_done():
     """2BW begins the next minibatch before; PipeDream's minibatches are not divided."""
-    four = {"devices": jax.devices(), "topology": "4@1GB/s"}
+    four = {"devices": jax.devices()[:4], "topology": "4@1GB/s"}
     pipe, state, batch = make(allow_stale=True, state_update="minibatch", **four)
     assert names_of(pipe) == set(ALGORITHMS) - {"pipedream_2bw"}
     pipe.step(state, batch)
@@ -152,7 +152,7 @@ def test_the_plan_may_have_replicas(allow_stale, num_stages, compared, chosen):
         plan="auto",
         straight=False,
         profile=slow_first(case, 2),
-        devices=jax.devices(),
+        devices=jax.devices()[:4],
         topology="4@1GB/s",
         num_stages=num_stages,
         allow_stale=allow_stale,
@@ -181,7 +181,7 @@ def test_what_is_run_is_what_was_simulated(straight, cut_bytes, param_bytes, cho
         plan="auto",
         straight=straight,
         profile=Profile(tuple(rows), batch_size=2),
-        devices=jax.devices(),
+        devices=jax.devices()[:4],
         topology="4@1GB/s",
     )
     assert pipe.comparison is not None
@@ -197,7 +197,7 @@ def test_a_plan_with_replicas_leaves_those_that_have_them():
     profile = slow_first(case, 2)
     plan = pdjax.plan_pipeline(profile, pdjax.Topology.parse("4@1GB/s"), options)
     assert plan.replicas == (3, 1)
-    four = {"devices": jax.devices(), "topology": "4@1GB/s"}
+    four = {"devices": jax.devices()[:4], "topology": "4@1GB/s"}
     pipe, state, batch = make(case, plan=plan, profile=profile, **four)
     assert names_of(pipe) == {"one_f_one_b"}
     assert pipe.plan == plan

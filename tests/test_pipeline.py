@@ -387,7 +387,7 @@ CASE = zoo.dense_blocks()
     ("options", "message"),
     [
         ({"schedule": "1f1b"}, "unknown schedule '1f1b'; expected one of .* Did you mean"),
-        ({"num_stages": 5}, "5 stages need as many devices, but there are 4.*num_stages=4"),
+        ({"num_stages": 6}, "6 stages need as many devices, but there are 5.*num_stages=5"),
         ({"num_stages": 0}, "0 stages need"),
         ({"num_microbatches": 0}, "num_microbatches=0; expected at least 1"),
         ({"num_stages": 3, "plan": ["block_1"]}, "disagree about the number of stages"),

@@ -36,6 +36,7 @@ def replications(num_workers: int) -> list[tuple[int, ...]]:
 
 
 PATTERNS = [p for count in range(2, 5) for p in replications(count) if max(p) > 1]
+FIVE = [p for p in replications(5) if max(p) > 1]
 
 
 @pytest.fixture(autouse=True)
@@ -49,10 +50,26 @@ def case() -> zoo.Case:
     return zoo.dense_blocks(num_blocks=4, dropout=0.2).double()
 
 
-def train(schedule, batches, drains=(), **options):
+class SlowTransport(LocalTransport):
+    """Waits now and then, as a slow link does."""
+
+    def __init__(self, num_places: int) -> None:
+        super().__init__(num_places)
+        self._chance = random.Random(0)
+
+    def move(self, values, shapes, source, target):
+        if self._chance.random() < 0.3:
+            jax.block_until_ready(values)
+            time.sleep(self._chance.random() / 200)
+        return super().move(values, shapes, source, target)
+
+
+def train(schedule, batches, drains=(), *, slow=False, **options):
     """Trains, with drains before some minibatches and at the end."""
     pipe = pdjax.Pipeline(case().loss_fn, OPTIMIZER, schedule=schedule, **options)
     state = pipe.init(case().params, batches[0], rng=KEY)
+    if slow:
+        state.executor._transport = SlowTransport(sum(schedule.replicas))
     losses = []
     for index, batch in enumerate(batches):
         if index in drains:
@@ -67,9 +84,19 @@ def train(schedule, batches, drains=(), **options):
 )
 def test_pipedream_equals_the_oracle_with_rounds(replicas, slack):
     """13 minibatches with drains before 5 and 7: numbers that divide nothing."""
+    compare_with_rounds(replicas, slack, 13, (5, 7))
+
+
+@pytest.mark.parametrize("replicas", FIVE, ids=str)
+def test_five_workers(replicas):
+    compare_with_rounds(replicas, 0, 8, (5,))
+
+
+def compare_with_rounds(replicas, slack, num_minibatches, drains):
+    """Trains over links that are slow now and then."""
     schedule = schedules.pipedream(len(replicas), replicas=replicas, slack=slack)
-    batches = [case().make_batch(2, seed) for seed in range(13)]
-    pipe, state, losses = train(schedule, batches, drains=(5, 7))
+    batches = [case().make_batch(2, seed) for seed in range(num_minibatches)]
+    pipe, state, losses = train(schedule, batches, drains, slow=True)
     params, expected, _ = oracle.replay_asynchronous(
         case().loss_fn,
         OPTIMIZER,
@@ -78,7 +105,7 @@ def test_pipedream_equals_the_oracle_with_rounds(replicas, slack):
         pipe.stage_of_parameters(),
         len(replicas),
         KEY,
-        (5, 7),
+        drains,
         replicas=replicas,
         warm_ups=schedules.warm_ups(replicas, slack),
     )
@@ -180,25 +207,10 @@ def test_what_is_sent_and_held_is_what_is_simulated(name, replicas):
 
 @pytest.mark.parametrize("replicas", [(2, 1), (1, 3), (3, 1), (2, 2)], ids=str)
 def test_delays_change_nothing(replicas):
-    """A transport that waits now and then, as a slow link does."""
     schedule = schedules.pipedream(len(replicas), replicas=replicas)
     batches = [case().make_batch(2, seed) for seed in range(9)]
-    quiet = train(schedule, batches)
-    pipe = pdjax.Pipeline(case().loss_fn, OPTIMIZER, schedule=schedule)
-    state = pipe.init(case().params, batches[0], rng=KEY)
-    chance = random.Random(0)
-
-    class Slow(LocalTransport):
-        def move(self, values, shapes, source, target):
-            if chance.random() < 0.3:
-                jax.block_until_ready(values)
-                time.sleep(chance.random() / 200)
-            return super().move(values, shapes, source, target)
-
-    state.executor._transport = Slow(sum(replicas))
-    for batch in batches:
-        state, _ = pipe.step(state, batch)
-    chex.assert_trees_all_equal(pipe.params(pipe.drain(state)), quiet[0].params(quiet[1]))
+    quiet, slow = (train(schedule, batches, slow=slow) for slow in (False, True))
+    chex.assert_trees_all_equal(quiet[0].params(quiet[1]), slow[0].params(slow[1]))
 
 
 def test_a_loss_with_weights():
