@@ -23,7 +23,7 @@ from pdjax.distributed.frames import ForeignError, Link, Message, encode
 from pdjax.distributed.loss import Loss, Standing, explain, explain_given_up
 from pdjax.distributed.members import Member
 
-_BEATS = 10  # in the time within which a loss ends the others
+_BEATS = 20  # in the time within which a loss ends the others
 _SILENT_PART = 0.7  # of that time; the rest is for telling the others, and for ending
 _TELL_S = 0.2
 _FAREWELL_S = 1.0
@@ -174,6 +174,8 @@ class Mesh:
     def _send(self) -> None:
         with self._changed:
             frames, self._outbox = self._outbox, []
+        if frames:
+            self._beat()  # the others are as well informed as they can be
         for frame in frames:
             self._queue(frame)
         for number, link in self._links.items():

@@ -30,7 +30,6 @@ from pdjax.distributed.settings import (
 from pdjax.errors import ClusterError
 
 # JAX, and what needs it, is imported where it is used: the rest works, and is tested, without.
-_Make = Callable[[Address, Member, float], Rendezvous]
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax")
 
@@ -126,12 +125,13 @@ def initialize(
             joined.process_id,
             lost_peer_timeout_s,
         )
-        return _meet(settings, StoreRendezvous, None, deadline)
+        catch = not jax_client.handles_sigterm()
+        return meet(settings, StoreRendezvous, deadline, catch_sigterm=catch)
     if known is None:
         known, ids = _detect(ids, timeout_s)
     settings = Settings(*known, lost_peer_timeout_s)
     kind = Guest if settings.process_id else Host
-    peers = _meet(settings, kind, _used_before(), deadline)
+    peers = meet(settings, kind, deadline, problem=_used_before())
     _start_jax(settings, ids, peers, deadline)
     return peers
 
@@ -141,13 +141,13 @@ def shutdown() -> None:
 
     At the end of a program it happens by itself. Without a run it does nothing.
     """
-    from pdjax.distributed import jax_client
-
     peers, end = _Run.peers, _Run.end
     if peers is None or end is None:
         return
     peers.close()
     if _Run.started_jax and not peers.has_failed:
+        from pdjax.distributed import jax_client
+
         jax_client.shutdown()
     end.forget()
     _Run.peers = _Run.end = None
@@ -176,10 +176,26 @@ def _detect(
     return (address, joined.num_processes, joined.process_id), detected_ids if ids is None else ids
 
 
-def _meet(settings: Settings, make: _Make, problem: str | None, deadline: float) -> Peers:
-    """Connects the processes, and begins to watch over them."""
-    from pdjax.distributed import jax_client
+def meet(
+    settings: Settings,
+    make: Callable[[Address, Member, float], Rendezvous],
+    deadline: float,
+    *,
+    problem: str | None = None,
+    catch_sigterm: bool = True,
+) -> Peers:
+    """Connects the processes, and begins to watch over them; JAX plays no part in it.
 
+    Args:
+        settings: how this process takes part.
+        make: makes the meeting.
+        deadline: when to give up, as `time.monotonic` has it.
+        problem: why this process cannot take part, for the others; None if it can.
+        catch_sigterm: whether SIGTERM ends the program, if that has no handler of its own.
+
+    Raises:
+        ClusterError: if they do not come together.
+    """
     with listen_for_peers() as listener:
         own = introduce(
             settings.process_id,
@@ -195,7 +211,7 @@ def _meet(settings: Settings, make: _Make, problem: str | None, deadline: float)
     peers = Peers(members, settings.process_id, mesh)
     mesh.start()
     _Run.peers = peers
-    _Run.end = EndOfProgram(peers, catch_sigterm=not jax_client.handles_sigterm())
+    _Run.end = EndOfProgram(peers, catch_sigterm)
     _Run.end.watch()
     return peers
 
