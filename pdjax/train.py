@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-import tyro
 from rich.console import Console
 
 import pdjax
 from pdjax import data
 from pdjax.arguments import AUTO, choose_num_chunks, read_plan, read_schedule
+from pdjax.command import print_error, run_command
 from pdjax.config import TrainConfig
 from pdjax.planner import Plan
 from pdjax.schedules import Schedule
@@ -33,17 +33,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     0 for success, 1 for a run that failed, 2 for arguments that make no sense.
     """
-    config = tyro.cli(TrainConfig, args=arguments, prog="python -m pdjax.train")
-    errors = Console(stderr=True, highlight=False)
     try:
-        train(config, Console(highlight=False))
-    except (ValueError, OSError) as error:
-        errors.print(f"error: {error}", style="red", markup=False)
-        return 2
+        return run_command("pdjax.train", TrainConfig, train, arguments, wraps=True)
     except (pdjax.BrokenPipelineError, pdjax.NonFiniteLossError) as error:
-        errors.print(f"training stopped: {error}", style="red", markup=False)
+        print_error(f"training stopped: {error}")
         return 1
-    return 0
 
 
 def train(config: TrainConfig, console: Console) -> dict[str, Any]:

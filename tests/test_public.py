@@ -44,6 +44,7 @@ WITHOUT_JAX = [
     "pdjax.weights",
     "pdjax.figures",
     "pdjax.config",
+    "pdjax.launch",
 ]
 
 
