@@ -194,6 +194,7 @@ def _summarise(
         "model": config.model,
         "schedule": pipe.schedule.name,
         "num_stages": pipe.plan.num_stages,
+        "replicas": list(pipe.schedule.replicas),
         "num_microbatches": pipe.schedule.num_microbatches,
         "batch_size": config.batch_size,
         "steps": config.steps,
