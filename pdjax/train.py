@@ -9,14 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-import tyro
 from rich.console import Console
 
 import pdjax
 from pdjax import data, distributed
 from pdjax.arguments import AUTO, choose_num_chunks, read_plan, read_schedule
+from pdjax.command import print_error, run_command
 from pdjax.config import TrainConfig
-from pdjax.distributed import Peers
 from pdjax.errors import ClusterError
 from pdjax.planner import Plan
 from pdjax.schedules import Schedule
@@ -35,28 +34,22 @@ def main(arguments: list[str] | None = None) -> int:
 
     0 for success, 1 for a run that failed, 2 for arguments that make no sense.
     """
-    config = tyro.cli(TrainConfig, args=arguments, prog="python -m pdjax.train")
-    errors = Console(stderr=True, highlight=False)
     try:
-        peers = _meet(config)
-        train(config, Console(highlight=False, quiet=peers is not None and peers.process_id > 0))
-    except (ValueError, OSError) as error:
-        errors.print(f"error: {error}", style="red", markup=False)
-        return 2
+        return run_command("pdjax.train", TrainConfig, _train_together, arguments, wraps=True)
     except (pdjax.BrokenPipelineError, pdjax.NonFiniteLossError, ClusterError) as error:
-        errors.print(f"training stopped: {error}", style="red", markup=False)
+        print_error(f"training stopped: {error}")
         return 1
-    return 0
 
 
-def _meet(config: TrainConfig) -> Peers | None:
-    """Brings this process together with the others, if there are several."""
+def _train_together(config: TrainConfig, console: Console) -> None:
+    """Brings this process together with the others, if there are several, and trains."""
     told = (config.coordinator, config.num_processes, config.process_id)
-    if told == (None, None, None) and not distributed.is_needed():
-        return None
-    return distributed.initialize(
-        *told, timeout_s=config.start_timeout_s, lost_peer_timeout_s=config.lost_peer_timeout_s
-    )
+    if told != (None, None, None) or distributed.is_needed():
+        peers = distributed.initialize(
+            *told, timeout_s=config.start_timeout_s, lost_peer_timeout_s=config.lost_peer_timeout_s
+        )
+        console.quiet = peers.process_id > 0
+    train(config, console)
 
 
 def train(config: TrainConfig, console: Console) -> dict[str, Any]:
@@ -220,6 +213,7 @@ def _summarise(
         "model": config.model,
         "schedule": pipe.schedule.name,
         "num_stages": pipe.plan.num_stages,
+        "replicas": list(pipe.schedule.replicas),
         "num_microbatches": pipe.schedule.num_microbatches,
         "batch_size": config.batch_size,
         "steps": config.steps,
