@@ -37,7 +37,7 @@ from pdjax.schedules.versions import delay_of, peak_versions
 from pdjax.settings import Settings
 from pdjax.simulator import StageCost
 from pdjax.split import StageSplit, split
-from pdjax.trees import is_function, own_copy, place, shape_of, shapes_of
+from pdjax.trees import own_copy, place, shape_of, shapes_of
 
 _log = logging.getLogger("pdjax")
 
@@ -84,9 +84,9 @@ class Prepared:
     ) -> None:
         self._example = example = _example(settings, params, batch, model_state, rng)
         self._spec = example.spec
-        given = example.params if is_function(params) else params
-        peers = peers_of(settings.placements)
-        decided = decide(settings.for_batch(self._spec.size), example, given, peers)
+        peers = peers_of(settings.placements, chosen_by_user=settings.devices_given)
+        sized = settings.for_batch(self._spec.size)
+        decided = decide(sized, example, params, model_state, peers)
         self._settings = settings = decided.settings
         self.plan, self.schedule, self.rule = decided.plan, decided.schedule, decided.rule
         self.comparison, self._remat = decided.comparison, decided.remat
