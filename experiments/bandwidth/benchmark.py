@@ -133,7 +133,7 @@ def table(result):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Four systems on slow links.")
     parser.add_argument("--model", nargs="*", default=["vgg16", "lstm"])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8)

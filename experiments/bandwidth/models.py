@@ -1,5 +1,7 @@
 """The two models of the headline: VGG-16, and a stacked LSTM with a large vocabulary."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ class StackedLSTM(nn.Module):
     @nn.compact
     def __call__(self, tokens, *, train=False):
         del train
-        x = nn.Embed(VOCABULARY, WIDTH, name="embed")(tokens)
+        x: Any = nn.Embed(VOCABULARY, WIDTH, name="embed")(tokens)
         for number in range(NUM_LSTMS):
             x = nn.RNN(nn.OptimizedLSTMCell(WIDTH), name=f"lstm_{number}")(x)
         return nn.Dense(VOCABULARY, name="head")(x)
@@ -38,7 +40,7 @@ def make_model(name, batch_size):
         y = rng.integers(VOCABULARY, size=(batch_size, SEQUENCE))
 
     def loss_fn(params, batch):
-        logits = model.apply({"params": params}, batch["x"], train=True)
+        logits: Any = model.apply({"params": params}, batch["x"], train=True)
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
 
     def init():

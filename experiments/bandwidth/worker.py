@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "cluster"))
 from counters import own_counters
 
 GPIPE_MICROBATCHES = 8
+SCHEDULES = {"PipeDream": "pipedream", "model parallel": "model_parallel", "GPipe": "gpipe"}
 
 
 def profile(model, path):
@@ -31,18 +32,18 @@ def profile(model, path):
 
 
 def make_pipeline(system, model, plan, num_hosts):
-    """The pipeline, its initial parameters, and a minibatch."""
-    size, options = BATCH_SIZE[model], {"plan": plan}
-    names = {"PipeDream": "pipedream", "model parallel": "model_parallel", "GPipe": "gpipe"}
-    schedule = names.get(system)
-    count = GPIPE_MICROBATCHES if system == "GPipe" else 1
-    if system == "data parallel":
-        schedule = pdjax.one_f_one_b(1, num_hosts, replicas=(num_hosts,))
-        count, options = num_hosts, {"plan": "balanced"}
-    loss_fn, init, batch = make_model(model, size * count)
-    microbatches = None if system == "PipeDream" else count
+    """The pipeline, a function that makes its initial parameters, and a minibatch."""
+    count = {"GPipe": GPIPE_MICROBATCHES, "data parallel": num_hosts}.get(system, 1)
+    loss_fn, init, batch = make_model(model, BATCH_SIZE[model] * count)
+    schedule = pdjax.one_f_one_b(1, num_hosts, replicas=(num_hosts,))
+    if system != "data parallel":
+        schedule = SCHEDULES[system]
     pipe = pdjax.Pipeline(
-        loss_fn, make_optimizer(), schedule=schedule, num_microbatches=microbatches, **options
+        loss_fn,
+        make_optimizer(),
+        schedule=schedule,
+        num_microbatches=None if system == "PipeDream" else count,
+        plan="balanced" if system == "data parallel" else plan,
     )
     return pipe, init, batch
 
@@ -78,7 +79,8 @@ def train(system, model, plan, steps):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "profile":
-        profile(*sys.argv[2:])
+    given = sys.argv[1:]
+    if given[0] == "profile":
+        profile(given[1], given[2])
     else:
-        train(*sys.argv[1:4], int(sys.argv[4]))
+        train(given[0], given[1], given[2], int(given[3]))
