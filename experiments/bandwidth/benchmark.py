@@ -34,11 +34,9 @@ FASTER = (1, 4, 16)
 NAMES = {"data parallel": "data parallelism", "model parallel": "model parallelism, 4 stages"}
 
 
-def measured_profile(model, folder):
-    """The layers of the model, measured on one core, as slow as they are where cores are shared."""
-    path = folder / f"{model}.json"
-    command = [sys.executable, HERE / "worker.py", "profile", model, path]
-    subprocess.run(["taskset", "-c", "0", *command], check=True)
+def measured_on(command, path):
+    """What a command writes that profiles a model on one core, as slow as where cores are shared."""
+    subprocess.run(["taskset", "-c", "0", *command, path], check=True)
     profile = load_profile(path)
     share = max(1, NUM_HOSTS / len(os.sched_getaffinity(0)))
     layers = tuple(
@@ -143,7 +141,8 @@ def main():
     with tempfile.TemporaryDirectory() as temporary, Cluster(NUM_HOSTS) as cluster:
         folder = Path(temporary)
         for model in options.model:
-            profile = measured_profile(model, folder)
+            command = [sys.executable, HERE / "worker.py", "profile", model]
+            profile = measured_on(command, folder / f"{model}.json")
             slow = slow_rate(profile)
             for factor in options.faster:
                 systems = SYSTEMS if factor == 1 else SYSTEMS[:2]
