@@ -1,7 +1,9 @@
 """Pipeline-parallel training of unmodified Flax models in JAX."""
 
+from pdjax import distributed as distributed
 from pdjax import nnx as nnx
 from pdjax.errors import BrokenPipelineError as BrokenPipelineError
+from pdjax.errors import ClusterError as ClusterError
 from pdjax.errors import NonFiniteLossError as NonFiniteLossError
 from pdjax.errors import PdjaxWarning as PdjaxWarning
 from pdjax.pipeline import Pipeline as Pipeline

@@ -241,7 +241,7 @@ def choose_placements(
 
 def _available(devices: Sequence[Any] | None) -> list[Any]:
     if devices is None:
-        return list(jax.local_devices())
+        return list(jax.devices())
     try:
         available = list(devices)
     except TypeError:

@@ -85,7 +85,25 @@ class TrainConfig:
     """How the devices are joined, for the plan: such as 2@10GB/s:16GiB; measured by default."""
 
     single_device: bool = True
-    """Whether to measure the same model on one device beside the pipeline."""
+    """Whether to measure the same model on one device beside the pipeline; never done where there
+    are several processes."""
+
+    coordinator: str | None = None
+    """HOST:PORT at which all processes of a run reach the first one. Start the same command on
+    every host, with its own --process-id. Under Slurm, Open MPI, Kubernetes, on TPU pods and under
+    'python -m pdjax.launch' nothing has to be given."""
+
+    num_processes: int | None = None
+    """How many processes there are."""
+
+    process_id: int | None = None
+    """Which of them this one is, from 0. The first one reports, and writes the output."""
+
+    start_timeout_s: float = 300.0
+    """Seconds to wait for the other processes at the start."""
+
+    lost_peer_timeout_s: float = 10.0
+    """Seconds within which a process that is killed, hangs or cannot be reached ends all others."""
 
 
 @dataclass(frozen=True)

@@ -13,3 +13,7 @@ class BrokenPipelineError(RuntimeError):
 
 class NonFiniteLossError(FloatingPointError):
     """The loss of a training step became NaN or infinite; the text names the step."""
+
+
+class ClusterError(RuntimeError):
+    """The processes of a run did not come together, disagree, or have parted; the text says why."""

@@ -14,8 +14,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import IO, Annotated
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Annotated, Any
 
 import tyro
 
@@ -62,15 +62,21 @@ def launch(command: Sequence[str], config: LaunchConfig) -> int:
     """
     _check(command, config)
     coordinator = f"127.0.0.1:{free_port()}"
-    group = _Group(config.grace_s)
-    with group.signals_forwarded():
-        try:
-            for number in range(config.num_processes):
-                group.start(command, number, config, coordinator)
-            return group.wait()
-        finally:
-            group.end(signal.SIGTERM)
-            group.wait()
+    with Processes(config.grace_s) as processes:
+        for number in range(config.num_processes):
+            told = variables(coordinator, config.num_processes, number)
+            processes.start(command, str(number), told, number if config.pin else None)
+        return processes.wait()
+
+
+def variables(coordinator: str, num_processes: int, process_id: int) -> dict[str, str]:
+    """What a process is told in its environment."""
+    return {
+        "PDJAX_COORDINATOR": coordinator,
+        "PDJAX_NUM_PROCESSES": str(num_processes),
+        "PDJAX_PROCESS_ID": str(process_id),
+        "PYTHONUNBUFFERED": "1",
+    }
 
 
 def free_port() -> int:
@@ -92,32 +98,67 @@ def _check(command: Sequence[str], config: LaunchConfig) -> None:
         raise ValueError(f"--grace-s {config.grace_s}: expected seconds from 0 on.")
 
 
-class _Group:
-    """The processes, each the head of a process group of its own.
+class Processes:
+    """Processes that run side by side, each the head of a process group of its own.
+
+    What they write comes with the name of the process before each line. As a context manager it
+    passes the signals on that ask this process to end, and lets nothing outlive the block.
 
     Args:
         grace_s: seconds between the demand to end and the kill.
+        end_together: whether the others are told to end when one fails.
     """
 
-    def __init__(self, grace_s: float) -> None:
+    def __init__(self, grace_s: float, end_together: bool = True) -> None:
         self._grace_s = grace_s
+        self._end_together = end_together
         self._processes: list[subprocess.Popen[str]] = []
         self._readers: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._deadline: float | None = None
         self._code: int | None = None
+        self._handlers: dict[int, Any] = {}
+        self.interrupted_by: int | None = None
+        """The signal that asked this process to end, if one did."""
+
+    def __enter__(self) -> Processes:
+        def forward(number: int, _: object) -> None:
+            self._code = self._code or 128 + number
+            self.interrupted_by = self.interrupted_by or number
+            self.end(number)
+
+        self._handlers = {number: signal.signal(number, forward) for number in _FORWARDED}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.end(signal.SIGTERM)
+            self.wait()
+        finally:
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+
+    @property
+    def codes(self) -> list[int | None]:
+        """The exit code of each process, None while it runs, minus the signal if one ended it."""
+        return [process.poll() for process in self._processes]
 
     def start(
-        self, command: Sequence[str], number: int, config: LaunchConfig, coordinator: str
+        self,
+        command: Sequence[str],
+        name: str,
+        told: Mapping[str, str],
+        core: int | None = None,
     ) -> None:
-        """Starts one process, on a core of its own if there are enough."""
-        told = {
-            "PDJAX_COORDINATOR": coordinator,
-            "PDJAX_NUM_PROCESSES": str(config.num_processes),
-            "PDJAX_PROCESS_ID": str(number),
-            "PYTHONUNBUFFERED": "1",
-        }
-        with _pinned(number if config.pin else None):
+        """Starts one process.
+
+        Args:
+            command: the program and its arguments.
+            name: what its lines of output begin with.
+            told: variables of its environment, besides those of this process.
+            core: a number of its own if it shall run on one core only, in turns if they are few.
+        """
+        with _pinned(core):
             process = subprocess.Popen(
                 command,
                 env=os.environ | told,
@@ -129,7 +170,7 @@ class _Group:
             )
         self._processes.append(process)
         assert process.stdout is not None
-        reader = threading.Thread(target=self._copy, args=(process.stdout, number), daemon=True)
+        reader = threading.Thread(target=self._copy, args=(process.stdout, name), daemon=True)
         reader.start()
         self._readers.append(reader)
 
@@ -144,8 +185,12 @@ class _Group:
         self._look()
         self._send(signal.SIGKILL)  # to what they left behind
         for reader in self._readers:
-            reader.join()
+            reader.join(self._grace_s + _POLL_S)  # longer: held open by what left its group
         return self._code or 0
+
+    def send(self, index: int, number: int) -> None:
+        """Sends a signal to one of the processes, and what it started."""
+        os.killpg(self._processes[index].pid, number)
 
     def end(self, number: int) -> None:
         """Demands that those that still run end; they are killed if they do not in time."""
@@ -153,28 +198,14 @@ class _Group:
         if self._deadline is None:
             self._deadline = time.monotonic() + self._grace_s
 
-    @contextlib.contextmanager
-    def signals_forwarded(self) -> Iterator[None]:
-        """Passes the signals on that ask this process to end."""
-
-        def forward(number: int, _: object) -> None:
-            self._code = self._code or 128 + number
-            self.end(number)
-
-        before = {number: signal.signal(number, forward) for number in _FORWARDED}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def _look(self) -> None:
         """Notes the first failure, and kills those that take too long to end."""
         for process in self._processes:
             code = process.poll()
             if code and self._code is None:
                 self._code = 128 - code if code < 0 else code
-                self.end(signal.SIGTERM)
+                if self._end_together:
+                    self.end(signal.SIGTERM)
         if self._deadline is not None and time.monotonic() > self._deadline:
             self._send(signal.SIGKILL)
 
@@ -184,11 +215,11 @@ class _Group:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, number)
 
-    def _copy(self, lines: IO[str], number: int) -> None:
+    def _copy(self, lines: IO[str], name: str) -> None:
         with lines:
             for line in lines:
                 with self._lock:
-                    sys.stdout.write(f"[{number}] {line.rstrip()}\n")
+                    sys.stdout.write(f"[{name}] {line.rstrip()}\n")
                     sys.stdout.flush()
 
 

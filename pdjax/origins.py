@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from pdjax.trees import is_key
+from pdjax.trees import is_function, is_key, shapes_of
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,15 @@ class Origin:
             return jnp.array(host)
 
 
-def gather(origins: Any, values: Mapping[int, Any]) -> Any:
-    """Copies of `values`, which go by the index of the leaf, in the structure of `origins`."""
+def gather(origins: Any, values: Iterable[jax.Array]) -> Any:
+    """Copies of `values`, one for each leaf, in the structure of `origins`."""
     leaves, tree = jax.tree.flatten(origins)
-    for value in values.values():
-        if not is_key(value):
-            value.copy_to_host_async()
-    return jax.tree.unflatten(tree, [leaf.bring_back(values[i]) for i, leaf in enumerate(leaves)])
+    pairs = zip(leaves, values, strict=True)
+    return jax.tree.unflatten(tree, [leaf.bring_back(value) for leaf, value in pairs])
+
+
+def origins_of(given: Any) -> Any:
+    """Where each leaf of a pytree came from; what a function makes is copied to the host."""
+    if is_function(given):
+        return jax.tree.map(lambda _: Origin(), shapes_of(given))
+    return jax.tree.map(Origin.of, given)

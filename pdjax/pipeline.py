@@ -32,13 +32,13 @@ from pdjax.arguments import (
 from pdjax.differentiate import Remat
 from pdjax.errors import BrokenPipelineError, NonFiniteLossError
 from pdjax.memory import Counts, StageMemory, count, stage_memory
-from pdjax.origins import Origin, gather
+from pdjax.origins import gather, origins_of
 from pdjax.planner import Plan
 from pdjax.prepare import Prepared, profile_model
 from pdjax.profile import Profile
+from pdjax.runtime import recorder as recording
 from pdjax.runtime.executor import Executor
 from pdjax.runtime.placed import Values
-from pdjax.runtime.recorder import Recorder
 from pdjax.runtime.state import Run
 from pdjax.schedules import Schedule
 from pdjax.settings import Settings
@@ -263,11 +263,13 @@ class Pipeline:
         """Traces, plans, compiles and places the model.
 
         Args:
-            params: pytree of parameters. It is copied.
+            params: pytree of parameters, which is copied; or a function without arguments that
+                makes it, such as ``lambda: model.init(key, x)["params"]``. Each stage then makes
+                its own, on its own device, and nowhere are all of them at once.
             batch: a minibatch, or its shapes; later ones must have the same structure, and may
                 have other shapes.
             model_state: mutable collections such as BatchNorm statistics, if `loss_fn` takes
-                them. They are copied.
+                them; or a function that makes them.
             rng: the base random key, `jax.random.key(0)` if not given. Microbatch number k,
                 counted from the first step on, gets ``jax.random.fold_in(rng, k)``, whatever the
                 schedule and the number of stages.
@@ -279,9 +281,7 @@ class Pipeline:
         rng = jax.random.key(0) if rng is None else rng
         check_rng(rng)
         prepared = Prepared(self._settings, params, batch, model_state, rng)
-        training = _Training(
-            prepared, jax.tree.map(Origin.of, params), jax.tree.map(Origin.of, model_state)
-        )
+        training = _Training(prepared, origins_of(params), origins_of(model_state))
         self._latest = training
         _log.info("schedule %s\n%s", self.schedule.name, self.plan)
         return PipelineState(self, training, prepared.start(params, model_state), 0)
@@ -291,7 +291,8 @@ class Pipeline:
 
         Args:
             state: what `init`, or the step before, returned. It cannot be used again.
-            batch: pytree of arrays. They are copied.
+            batch: pytree of arrays. They are copied. Where stages are in several processes, leaves
+                that no stage of this process reads (see `reads`) may be shapes.
 
         Returns:
             The new state, and the metrics of this minibatch: ``"loss"``, and those of `loss_fn`
@@ -411,15 +412,15 @@ class Pipeline:
         """
         training = self._training_of(state)
         self._check_losses(training, at_most=0)
-        weights = training.prepared.weights(state.run)
         with _breaking_on_errors(training, state.step, Exception):
+            weights = training.prepared.weights.everywhere(state.run)
             return gather(training.param_origins, weights)
 
     def model_state(self, state: PipelineState) -> Any:
         """A copy of the mutable state, in the structure that `init` was given."""
         training = self._training_of(state)
-        model = training.prepared.model(state.run)
         with _breaking_on_errors(training, state.step, Exception):
+            model = training.prepared.model.everywhere(state.run)
             return gather(training.model_state_origins, model)
 
     def stage_of_parameters(self) -> Any:
@@ -432,6 +433,13 @@ class Pipeline:
         homes = training.prepared.split.homes
         leaves = [stages[0] if len(stages) == 1 else stages for stages in homes]
         return jax.tree.unflatten(jax.tree.structure(training.param_origins), leaves)
+
+    def reads(self) -> Any:
+        """For each batch leaf whether this process needs it, in the structure of the batch.
+
+        Where stages are in several processes, each reads only what its own stages read.
+        """
+        return self._last_training().prepared.reads
 
     @property
     def plan(self) -> Plan:
@@ -495,17 +503,22 @@ class Pipeline:
         """Measures when every program of the steps inside the ``with`` runs.
 
         `state` is that of the first of these steps; it is only looked at. Leaving the ``with``
-        waits for all of them; `timeline` then tells. Recording costs a little time.
+        waits for all of them; `timeline` then tells, in every process. Recording costs a little
+        time.
         """
-        executor = self._training_of(state).prepared.executor
+        prepared = self._training_of(state).prepared
+        executor = prepared.executor
         weights = [held.weights[0] for held in state.run.stages if held.weights]
-        recorder = Recorder(executor.schedule, weights)
+        recorder = recording.Recorder(executor.schedule, weights)
         executor.observer = recorder.observe
         try:
             yield
         finally:
             executor.observer = None
-            self._timeline = recorder.finish()
+            events = recorder.finish()
+            if prepared.peers is not None:
+                events = recording.gather(prepared.peers, events)
+            self._timeline = recording.timeline_of(prepared.schedule, events)
 
     def timeline(self) -> Timeline:
         """When every program ran during the last `record`."""
@@ -559,6 +572,8 @@ class Pipeline:
             with _breaking_on_errors(training, step, Exception):
                 value = loss.item()
             losses.popleft()
+            if training.prepared.peers is not None:
+                training.prepared.peers.completed(step + 1)
             if self._raises and not math.isfinite(value):
                 losses.clear()  # said once; what came after it is no news
                 raise NonFiniteLossError(

@@ -1,4 +1,4 @@
-"""From what a person hands over to something that runs: trace, plan, split, compile, place."""
+"""From what a person hands over to something that runs: decide, split, compile, feed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,32 +13,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from pdjax import jaxprs
-from pdjax.arguments import AUTO, taking_key
 from pdjax.automatic import measured_profile
 from pdjax.batches import BatchSpec, appearance, check_structure, concatenation_axes, describe_batch
-from pdjax.choose_plan import make_plan, remat_of
-from pdjax.choose_schedule import choose_schedule
 from pdjax.compiled_costs import compiled_costs
-from pdjax.graph import LayerGraph, build_graph
-from pdjax.optimizer import UpdateSplit, init_program, split_update
+from pdjax.decide import Example, decide
+from pdjax.graph import LayerGraph
+from pdjax.optimizer import UpdateSplit, split_update
+from pdjax.processes import make_transport, peers_of
 from pdjax.profile import Profile
-from pdjax.program import Program
 from pdjax.runtime.evaluation import Evaluation
 from pdjax.runtime.executor import Executor
+from pdjax.runtime.holdings import Holdings
 from pdjax.runtime.intake import Intake, Slicing
 from pdjax.runtime.passes import Passes, PlacedConsts
-from pdjax.runtime.placed import Values, placed
+from pdjax.runtime.placed import Values
 from pdjax.runtime.places import Places
 from pdjax.runtime.reduce import AllReduce, MeanOfState
+from pdjax.runtime.start import Starter
 from pdjax.runtime.state import Feed, Run, StageState, WorkerTally
-from pdjax.runtime.transport import LocalTransport
 from pdjax.runtime.update import UpdateRunner
 from pdjax.schedules import Schedule
 from pdjax.schedules.versions import delay_of, peak_versions
-from pdjax.settings import Settings, make_schedule, place_stages
-from pdjax.simulator import Comparison, StageCost
+from pdjax.settings import Settings
+from pdjax.simulator import StageCost
 from pdjax.split import StageSplit, split
-from pdjax.trees import own_copy, place
+from pdjax.trees import is_function, own_copy, place, shape_of, shapes_of
 
 _log = logging.getLogger("pdjax")
 
@@ -48,26 +46,17 @@ def profile_model(
     settings: Settings, params: Any, batch: Any, model_state: Any, rng: Any
 ) -> Profile:
     """Measures the layers of a model on the first device, for one of its microbatches."""
-    spec = describe_batch(batch, settings.batch_axes)
-    settings = settings.for_batch(spec.size)
-    count = settings.num_microbatches or 1
-    params, state = jax.eval_shape(lambda: (params, model_state))
-    graph = _trace(settings, settings.loss_fn, params, spec.microbatch(count), state, rng)
+    example = _example(settings, params, batch, model_state, rng)
+    settings = settings.for_batch(example.spec.size)
+    size = example.spec.size // (settings.num_microbatches or 1)
+    graph = example.trace_microbatch(settings)
     device = next(iter(settings.placements[0].device_set))
-    return measured_profile(graph, device, spec.size // count, spec.first_microbatch(batch, count))
+    return measured_profile(graph, device, size, example.first_microbatch(settings))
 
 
-def _trace(
-    settings: Settings, loss_fn: Callable[..., Any], params: Any, batch: Any, state: Any, rng: Any
-) -> LayerGraph:
-    return build_graph(
-        taking_key(loss_fn, state is not None),
-        params,
-        batch,
-        rng,
-        model_state=state,
-        weighted_loss=settings.weighted_loss,
-    )
+def _example(settings: Settings, params: Any, batch: Any, model_state: Any, rng: Any) -> Example:
+    params, state = map(shapes_of, (params, model_state))
+    return Example(params, state, rng, describe_batch(batch, settings.batch_axes), batch)
 
 
 class Prepared:
@@ -84,41 +73,39 @@ class Prepared:
         split: the loss function, cut into stages.
         update: the optimizer, cut into stages.
         executor: dispatches steps.
+        peers: the processes that the stages are in; None if all are in this one.
+        transport: how values travel between places.
+        weights: the parameters.
+        model: the mutable state.
     """
 
     def __init__(
         self, settings: Settings, params: Any, batch: Any, model_state: Any, rng: Any
     ) -> None:
-        self._spec = describe_batch(batch, settings.batch_axes)
-        self._settings = settings = settings.for_batch(self._spec.size)
-        self._params, self._state = jax.eval_shape(lambda: (params, model_state))
-        self._key = rng
-        graph = self._graph(settings.loss_fn, self._spec.microbatch(settings.num_microbatches or 1))
-        example = self._spec.first_microbatch(batch, settings.num_microbatches or 1)
-        self.comparison: Comparison | None = None
-        if settings.schedule == AUTO:
-            settings, self.comparison = choose_schedule(
-                settings, graph, self._spec, self._params, example
-            )
-            if settings.num_microbatches != self._settings.num_microbatches:
-                count = settings.num_microbatches or 1
-                graph = self._graph(settings.loss_fn, self._spec.microbatch(count))
-                example = self._spec.first_microbatch(batch, count)
-        self.plan = make_plan(settings, graph, self._spec, self._params, example)
-        self._settings = settings = settings.for_plan(self.plan)
-        self._remat = remat_of(settings, self.plan)
-        self.schedule, self.rule = make_schedule(settings)
-        placements = place_stages(self.plan, self.schedule, settings.placements)
-        self._settings = settings = replace(settings, placements=tuple(placements))
+        self._example = example = _example(settings, params, batch, model_state, rng)
+        self._spec = example.spec
+        given = example.params if is_function(params) else params
+        peers = peers_of(settings.placements)
+        decided = decide(settings.for_batch(self._spec.size), example, given, peers)
+        self._settings = settings = decided.settings
+        self.plan, self.schedule, self.rule = decided.plan, decided.schedule, decided.rule
+        self.comparison, self._remat = decided.comparison, decided.remat
+        placements = settings.placements
         self.places = Places.of(self.schedule)
-        self._keys = [place(rng, placement) for placement in settings.placements]
+        self.peers = peers
+        self.transport = make_transport(placements, peers)
+        self._here = self.transport.here
+        if peers is not None:
+            peers.describe(self._stages_here())
+        self._keys = self._everywhere(rng)
         self._passes: dict[Any, Passes] = {}
         self._known: dict[Any, Passes] = {}
         self._evaluations: dict[Any, Evaluation] = {}
-        self._consts = PlacedConsts(settings.placements)
-        self.split = split(graph, self.plan.first_layers)
+        self._consts = PlacedConsts(placements, self._here)
+        self.split = split(decided.graph, self.plan.first_layers)
         self.update = self._split_optimizer()
         self.state_homes = _state_homes(self.split)
+        self.weights, self.model = self._find_holdings()
         self._updates = [self._update_runner(at) for at in range(len(placements))]
         self._reduces = self._make_reduces()
         self.executor = Executor(
@@ -126,32 +113,63 @@ class Prepared:
             self.rule,
             self._updates,
             [self._divisors(at) for at in range(len(placements))],
-            LocalTransport(),
+            self.transport,
             _average if self._averages_state() else None,
             self._reduces,
         )
         # Under an asynchronous schedule a batch may be read after the step that brought it has
         # returned, when its owner may have given its memory away.
         self._intakes = [
-            Intake(placement, keeps_in_place=self.schedule.flushes)
-            for placement in settings.placements
+            Intake(placement, keeps_in_place=self.schedule.flushes) for placement in placements
         ]
         self._passes[self._spec.signature] = self._compile(self._spec, self.split)
+
+    def _stages_here(self) -> str:
+        """What this process runs, in words."""
+        pairs = zip(self.places.stage_of, self._here, strict=True)
+        said = []
+        for stage in sorted({stage for stage, here in pairs if here}):
+            names = self.plan.stage_layers(stage)
+            said.append(f"stage {stage}: {names[0]}" + f" … {names[-1]}" * (len(names) > 1))
+        return "; ".join(said) or "no stage"
+
+    def _find_holdings(self) -> tuple[Holdings, Holdings]:
+        """The parameters, and the mutable state."""
+        shapes = map(jax.tree.leaves, (self._example.params, self._example.state))
+        at = [{i: at for at, i in enumerate(stage.params)} for stage in self.update.stages]
+        readers = (
+            lambda held, stage, index: held.weights[at[stage][index]],
+            lambda held, stage, index: held.model[index],
+        )
+        params, state = (
+            Holdings(self.places, homes, leaves, read, self.transport)
+            for homes, leaves, read in zip(
+                (self.split.homes, self.state_homes), shapes, readers, strict=True
+            )
+        )
+        return params, state
+
+    def _everywhere(self, value: Any) -> list[Any]:
+        """A value at each place of this process; None for the others."""
+        pairs = zip(self._settings.placements, self._here, strict=True)
+        return [place(value, placement) if here else None for placement, here in pairs]
 
     def _divisors(self, at: int) -> dict[int, Any]:
         """What the sum of so many microbatches' gradients is divided by, at a place."""
         size = self.schedule.per_update[self.places.stage_of[at]]
         whole = not self.schedule.flushes and self.schedule.num_microbatches == 1
         placement = self._settings.placements[at]
+        if not self._here[at]:
+            return {}
         counts = range(1 if whole else size, size + 1)  # a drain may break a round off
         return {count: place(np.float32(count), placement) for count in counts}
 
     def _make_reduces(self) -> dict[int, tuple[AllReduce, MeanOfState | None]]:
         """For each stage with replicas what its updates sum and average over them."""
         found: dict[int, tuple[AllReduce, MeanOfState | None]] = {}
-        params, state = jax.tree.leaves(self._params), jax.tree.leaves(self._state)
+        params, state = map(jax.tree.leaves, (self._example.params, self._example.state))
         for stage, count in enumerate(self.places.replicas):
-            if count > 1:
+            if count > 1 and any(self._here[at] for at in self.places.of_stage(stage)):
                 where = [self._settings.placements[at] for at in self.places.of_stage(stage)]
                 shapes = [params[i] for i in self.update.stages[stage].params]
                 kept = {i: state[i] for i in self.split.stages[stage].updates}
@@ -182,13 +200,13 @@ class Prepared:
         return spec.microbatch(self.schedule.num_microbatches)
 
     def _graph(self, loss_fn: Callable[..., Any], batch: Any) -> LayerGraph:
-        return _trace(self._settings, loss_fn, self._params, batch, self._state, self._key)
+        return self._example.trace(self._settings, loss_fn, batch)
 
     def _split_optimizer(self) -> UpdateSplit:
         traced = self.split.traced
         update = split_update(
             self._settings.optimizer,
-            self._params,
+            self._example.params,
             self.split.homes,
             traced.param_names,
             self.plan.num_stages,
@@ -225,8 +243,9 @@ class Prepared:
             self._updates,
             self._metric_axes(self._settings.loss_fn, spec, stages, m),
             self._consts.of(stages, self.places),
+            self._here,
         )
-        key = jax.ShapeDtypeStruct(jnp.shape(self._key), self._key.dtype)
+        key = shape_of(self._example.key)
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             lowerings = [*passes.lowerings(key), *self._reduce_lowerings()]
             done = [pool.submit(lower().compile) for lower in lowerings]
@@ -278,16 +297,16 @@ class Prepared:
         known = (spec.signature, count)
         if known not in self._evaluations:
             loss_fn = self._settings.eval_loss_fn
-            first = [held[0] for held in map(self.places.of_stage, range(self.plan.num_stages))]
             graph = self._graph(loss_fn, spec.microbatch(count))
             stages = split(graph, self.plan.first_layers_in(graph.names))
-            consts = self._consts.of(stages, self.places)
             self._evaluations[known] = Evaluation(
                 stages,
-                [self._settings.placements[at] for at in first],
-                tuple(consts[at] for at in first),
+                [held[0] for held in map(self.places.of_stage, range(self.plan.num_stages))],
+                self._settings.placements,
+                self._consts.of(stages, self.places),
                 Slicing(count, spec.axes),
                 self._metric_axes(loss_fn, spec, stages, count),
+                self.transport,
             )
         return self._evaluations[known]
 
@@ -295,42 +314,19 @@ class Prepared:
 
     def start(self, params: Any, model_state: Any) -> Run:
         """Places the parameters and makes the optimizer state, each leaf where it lives."""
-        leaves, state = jax.tree.leaves(params), jax.tree.leaves(model_state)
-        program, _ = init_program(self._settings.optimizer, self._params)
+        starter = Starter(self._settings.optimizer, self._example.params, params, model_state)
         stages = []
-        for stage, placement in zip(self.places.stage_of, self._settings.placements, strict=True):
-            mine = self.update.stages[stage]
-            weights = tuple(place(leaves[i], placement) for i in mine.params)
-            wanted = tuple(program.outvars[i] for i in mine.state)
-            kept = jaxprs.needed(program.equations, wanted)
-            init = Program(tuple(program.equations[i] for i in kept), {"state": wanted})
-            at_hand = dict(zip((program.invars[i] for i in mine.params), weights, strict=True))
-            values = dict(zip(program.invars, leaves, strict=True)) | at_hand
-            values |= zip(program.constvars, program.consts, strict=True)
-            reads = init.reads
-            make = placed(
-                lambda read, init=init, reads=reads: init.run(dict(zip(reads, read, strict=True)))[
-                    "state"
-                ],
-                placement,
-            )
-            model = {
-                i: place(leaf, placement)
-                for i, (leaf, homes) in enumerate(zip(state, self.state_homes, strict=True))
-                if stage in homes
-            }
-            stages.append(StageState(weights, make(tuple(values[var] for var in reads)), model))
-        workers = [
-            WorkerTally(
-                sum(
-                    held.weight_bytes
-                    for held, where in zip(stages, self.places.worker_of, strict=True)
-                    if where == worker
-                )
-            )
-            for worker in range(len(self.schedule.workers))
-        ]
-        return Run(stages, workers)
+        for at, stage in enumerate(self.places.stage_of):
+            state = [i for i, homes in enumerate(self.state_homes) if stage in homes]
+            placement = self._settings.placements[at]
+            made = StageState((), (), {})
+            if self._here[at]:
+                made = starter.start(self.update.stages[stage], state, placement)
+            stages.append(made)
+        workers = [0] * len(self.schedule.workers)
+        for held, worker in zip(stages, self.places.worker_of, strict=True):
+            workers[worker] += held.weight_bytes
+        return Run(stages, [WorkerTally(size) for size in workers])
 
     def feed(self, run: Run, batch: Any) -> Feed:
         """Moves a minibatch to the places that read it, to each the microbatches that it runs."""
@@ -340,9 +336,12 @@ class Prepared:
             spec = describe_batch(batch, self._settings.batch_axes)
             self._known[shapes] = self._passes_for(spec)
         passes = self._known[shapes]
-        leaves = [own_copy(leaf) for leaf in leaves]
+        leaves = self._taken(passes.split, leaves)
         moved = []
         for at, intake in enumerate(self._intakes):
+            if not self._here[at]:
+                moved.append(())
+                continue
             stage = self.places.stage_of[at]
             count = self.places.replicas[stage]
             number = at - self.places.of_stage(stage)[0]
@@ -352,26 +351,38 @@ class Prepared:
             moved.append(intake.take(leaves, indices, passes.slicing, turns))
         return Feed(passes, moved, self._keys)
 
+    def _read_here(self, stages: StageSplit) -> set[int]:
+        """The batch leaves that the stages of this process read."""
+        mine = {self.places.stage_of[at] for at, here in enumerate(self._here) if here}
+        return {index for stage in mine for index in stages.stages[stage].batch}
+
+    def _taken(self, stages: StageSplit, leaves: Sequence[Any]) -> list[Any]:
+        """Copies of the batch leaves that the stages of this process read; None for the others."""
+        read = self._read_here(stages)
+        missing = [i for i in sorted(read) if isinstance(leaves[i], jax.ShapeDtypeStruct)]
+        if missing:
+            names = [self._spec.names[i] for i in missing]
+            raise ValueError(
+                f"the batch has only the shape of {names}, which a stage of this process reads. "
+                "Hand over the arrays; pipe.reads() says which are needed."
+            )
+        return [own_copy(leaf) if i in read else None for i, leaf in enumerate(leaves)]
+
+    @property
+    def reads(self) -> Any:
+        """For each batch leaf whether a stage of this process reads it."""
+        read, count = self._read_here(self.split), len(self._spec.names)
+        return jax.tree.unflatten(self._spec.tree, [index in read for index in range(count)])
+
     def evaluate(self, run: Run, batch: Any, count: int) -> tuple[Any, Values, Any]:
         """Dispatches forward passes; returns the loss, the metrics and their structure."""
         evaluation = self._evaluation_for(describe_batch(batch, self._settings.batch_axes), count)
-        leaves = [own_copy(leaf) for leaf in jax.tree.leaves(batch)]
-        loss, metrics = evaluation.run(self.weights(run), self.model(run), leaves, self._keys[0])
+        leaves = self._taken(evaluation.split, jax.tree.leaves(batch))
+        stages = evaluation.split.stages
+        weights = [[self.weights.at(run, i, stage.index) for i in stage.params] for stage in stages]
+        model = [[self.model.at(run, i, stage.index) for i in stage.state] for stage in stages]
+        loss, metrics = evaluation.run(weights, model, leaves, self._keys)
         return loss, metrics, evaluation.metrics_tree
-
-    def weights(self, run: Run) -> dict[int, Any]:
-        """The newest version of each parameter leaf, by index."""
-        found: dict[int, Any] = {}
-        for stage, mine in enumerate(self.update.stages):
-            state = run.stages[self.places.of_stage(stage)[0]]
-            for index, leaf in zip(mine.params, state.weights, strict=True):
-                found.setdefault(index, leaf)
-        return found
-
-    def model(self, run: Run) -> dict[int, Any]:
-        """Each leaf of the mutable state, by index."""
-        first = {stage: self.places.of_stage(stage)[0] for stage in range(self.plan.num_stages)}
-        return {i: run.stages[first[homes[0]]].model[i] for i, homes in enumerate(self.state_homes)}
 
 
 def _refuse_ties(stages: StageSplit, schedule: Schedule) -> None:

@@ -12,10 +12,12 @@ import optax
 from rich.console import Console
 
 import pdjax
-from pdjax import data
+from pdjax import data, distributed
 from pdjax.arguments import AUTO, choose_num_chunks, read_plan, read_schedule
 from pdjax.command import print_error, run_command
 from pdjax.config import TrainConfig
+from pdjax.distributed import Peers
+from pdjax.errors import ClusterError
 from pdjax.planner import Plan
 from pdjax.schedules import Schedule
 from pdjax.topology import Topology
@@ -34,10 +36,27 @@ def main(arguments: list[str] | None = None) -> int:
     0 for success, 1 for a run that failed, 2 for arguments that make no sense.
     """
     try:
-        return run_command("pdjax.train", TrainConfig, train, arguments, wraps=True)
-    except (pdjax.BrokenPipelineError, pdjax.NonFiniteLossError) as error:
+        return run_command("pdjax.train", TrainConfig, _meet_and_train, arguments, wraps=True)
+    except (pdjax.BrokenPipelineError, pdjax.NonFiniteLossError, ClusterError) as error:
         print_error(f"training stopped: {error}")
         return 1
+
+
+def _meet_and_train(config: TrainConfig, console: Console) -> None:
+    """Trains, together with the other processes if there are several; the first one tells."""
+    peers = _meet(config)
+    console.quiet = peers is not None and peers.process_id > 0
+    train(config, console)
+
+
+def _meet(config: TrainConfig) -> Peers | None:
+    """Brings this process together with the others, if there are several."""
+    told = (config.coordinator, config.num_processes, config.process_id)
+    if told == (None, None, None) and not distributed.is_needed():
+        return None
+    return distributed.initialize(
+        *told, timeout_s=config.start_timeout_s, lost_peer_timeout_s=config.lost_peer_timeout_s
+    )
 
 
 def train(config: TrainConfig, console: Console) -> dict[str, Any]:
@@ -52,9 +71,10 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     schedule = read_schedule(config.schedule)
     chunks = choose_num_chunks(schedule, config.num_chunks)
     num_stages = _num_stages(config, plan, schedule, chunks)
-    make_devices(_num_devices(config, plan, schedule, chunks))
+    peers = distributed.current()
+    num_devices = _num_devices(config, plan, schedule, chunks)
+    make_devices(-(-num_devices // peers.num_processes) if peers else num_devices)
     task = make_task(config)
-    batches = data.batches(task.dataset.train, config.batch_size)
     optimizer = optax.adam(_learning_rate(config))
     pipe = pdjax.Pipeline(
         task.loss_fn,
@@ -76,8 +96,9 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     state = pipe.init(
         task.params, batch, model_state=task.model_state, rng=jax.random.key(config.seed)
     )
+    batches = data.batches(task.dataset.train, config.batch_size, reads=pipe.reads())
     baseline = None
-    if config.single_device:
+    if config.single_device and peers is None:
         baseline = SingleDevice(task.loss_fn, optimizer, task.params, task.model_state)
         baseline.run([batch])
     if pipe.comparison is not None:
@@ -86,7 +107,9 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     console.print(str(pipe.plan), markup=False, soft_wrap=True)
     if pipe.plan.prediction is not None and jax.default_backend() == "cpu":
         console.print("(the prediction is for devices that have cores of their own)")
-    output = make_directory(config.output, f"{config.model}-{pipe.schedule.name}")
+    output = None
+    if peers is None or peers.process_id == 0:
+        output = make_directory(config.output, f"{config.model}-{pipe.schedule.name}")
     with RunDirectory(output) as directory, TrainingProgress(console, config.steps) as progress:
         loop = TrainingLoop(config, batches, pipe, baseline, directory)
         state, speed = loop.run(state, progress)
@@ -96,7 +119,8 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
         directory.write_timeline(pipe.timeline())
         summary = _summarise(config, pipe, directory.losses, held_out, speed)
         directory.write_summary(summary)
-    _report(console, summary, held_out, output)
+    if output:
+        _report(console, summary, held_out, output)
     return summary
 
 
@@ -139,6 +163,8 @@ def make_devices(num_devices: int) -> None:
         jax.config.update("jax_num_cpu_devices", num_devices)
     except RuntimeError:
         return  # JAX runs already; Pipeline says if the devices are too few
+    if distributed.current() is not None:
+        distributed.make_room()
 
 
 def _check(config: TrainConfig) -> None:

@@ -45,6 +45,16 @@ def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, dtype, weak_type=weak)
 
 
+def is_function(given: Any) -> bool:
+    """Whether something is a function in the place of a pytree; a pytree may be callable, too."""
+    return callable(given) and jax.tree.leaves(given) == [given]
+
+
+def shapes_of(given: Any) -> Any:
+    """The shapes of a pytree, or of what a function without arguments returns."""
+    return jax.eval_shape(given if is_function(given) else lambda: given)
+
+
 def is_key(leaf: Any) -> bool:
     """Whether a leaf is a typed random key."""
     return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))

@@ -45,6 +45,9 @@ WITHOUT_JAX = [
     "pdjax.figures",
     "pdjax.config",
     "pdjax.launch",
+    "pdjax.distributed",
+    "pdjax.distributed.mesh",
+    "pdjax.distributed.rendezvous",
 ]
 
 

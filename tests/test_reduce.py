@@ -43,6 +43,7 @@ def test_each_replica_gets_the_sum_in_the_shapes_that_it_gave(count, mean):
     combine = np.mean if mean else np.sum
     expected = tuple(combine(jax.device_get(column), axis=0) for column in zip(*parts, strict=True))
     for place, sums in zip(places, got, strict=True):
+        assert sums is not None
         chex.assert_trees_all_equal_shapes_and_dtypes(sums, parts[0])
         chex.assert_trees_all_close(jax.device_get(sums), expected, rtol=1e-6)
         assert all(array.devices() == place.device_set for array in sums)

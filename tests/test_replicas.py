@@ -19,6 +19,7 @@ import zoo
 import pdjax
 from pdjax import schedules
 from pdjax.profile import LayerProfile
+from pdjax.runtime.transport import LocalTransport
 from pdjax.simulator import peak_bytes
 
 KEY = jax.random.key(5)
@@ -185,16 +186,16 @@ def test_delays_change_nothing(replicas):
     quiet = train(schedule, batches)
     pipe = pdjax.Pipeline(case().loss_fn, OPTIMIZER, schedule=schedule)
     state = pipe.init(case().params, batches[0], rng=KEY)
-    transport, chance = state.executor._transport, random.Random(0)
+    chance = random.Random(0)
 
-    class Slow:
-        def send(self, values, source, target):
+    class Slow(LocalTransport):
+        def move(self, values, shapes, source, target):
             if chance.random() < 0.3:
                 jax.block_until_ready(values)
                 time.sleep(chance.random() / 200)
-            return transport.send(values, source, target)
+            return super().move(values, shapes, source, target)
 
-    state.executor._transport = Slow()
+    state.executor._transport = Slow(sum(replicas))
     for batch in batches:
         state, _ = pipe.step(state, batch)
     chex.assert_trees_all_equal(pipe.params(pipe.drain(state)), quiet[0].params(quiet[1]))

@@ -13,6 +13,7 @@ import zoo
 
 import pdjax
 from pdjax.profile import LayerProfile, Profile
+from pdjax.runtime.transport import LocalTransport
 from pdjax.schedules import ALGORITHMS
 from pdjax.simulator import peak_bytes
 
@@ -193,14 +194,14 @@ def test_the_bytes_that_are_counted_are_those_that_are_sent(name):
     batch = {"x": jnp.ones((6, 3))}
     pipe = pdjax.Pipeline(loss_fn, optax.sgd(0.1), schedule=name, num_stages=4, num_microbatches=3)
     state = pipe.init(params, batch)
-    transport, sent = state.executor._transport, Counter()
+    sent = Counter()
 
-    class Counting:
-        def send(self, values, source, target):
+    class Counting(LocalTransport):
+        def move(self, values, shapes, source, target):
             pair = pipe.schedule.worker_of(source), pipe.schedule.worker_of(target)
-            sent[pair] += sum(value.nbytes for value in values) * (pair[0] != pair[1])
-            return transport.send(values, source, target)
+            sent[pair] += sum(value.nbytes for value in values or ()) * (pair[0] != pair[1])
+            return super().move(values, shapes, source, target)
 
-    state.executor._transport = Counting()
+    state.executor._transport = Counting(4)
     state, _ = pipe.step(state, batch)
     assert pipe.counts(state).link_bytes == {pair: size for pair, size in sent.items() if size}

@@ -15,10 +15,13 @@ import difflib
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import grain
+import jax
+import numpy as np
 
 from pdjax.data import digits, synthetic, text
 from pdjax.data.dataset import Dataset as Dataset
@@ -91,7 +94,9 @@ def load(
     return row.load(seed=seed, sequence_length=sequence_length)
 
 
-def batches(dataset: grain.MapDataset[Example], batch_size: int) -> grain.DatasetIterator[Example]:
+def batches(
+    dataset: grain.MapDataset[Example], batch_size: int, *, reads: Mapping[str, bool] | None = None
+) -> grain.DatasetIterator[Example]:
     """Iterates over a data set in batches.
 
     Only full batches come: where a finite data set ends, what is left of it is dropped. Batches of
@@ -101,6 +106,8 @@ def batches(dataset: grain.MapDataset[Example], batch_size: int) -> grain.Datase
     Args:
         dataset: the examples, such as `Dataset.train`.
         batch_size: number of examples of a batch.
+        reads: the leaves that are wanted, as `pdjax.Pipeline.reads` says it of those that the
+            stages of this process read; all if not given. Of the others only the shapes come.
 
     Returns:
         An iterator over batches, whose leaves have a leading axis of ``batch_size``. Its
@@ -121,7 +128,22 @@ def batches(dataset: grain.MapDataset[Example], batch_size: int) -> grain.Datase
             "examples of the data set: choose a smaller batch or load more data"
         )
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(dataset.batch(batch_size, drop_remainder=True).to_iter_dataset(options))
+    if reads is None or all(reads.values()):
+        return iter(dataset.batch(batch_size, drop_remainder=True).to_iter_dataset(options))
+    shapes: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct((batch_size, *np.shape(leaf)), np.asarray(leaf).dtype)
+        for name, leaf in cast(Example, dataset[0]).items()
+    }
+
+    def only_read(example: Example) -> Example:
+        # Something must be there to be counted.
+        return {name: example[name] for name in example if reads[name]} or {"": np.zeros((), bool)}
+
+    def completed(batch: Example) -> Any:
+        return {name: batch.get(name, shape) for name, shape in shapes.items()}
+
+    some = dataset.map(only_read).batch(batch_size, drop_remainder=True).map(completed)
+    return iter(some.to_iter_dataset(options))
 
 
 def _find(source: str) -> Source:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
@@ -15,6 +17,7 @@ from pdjax.runtime.intake import Intake, Slicing
 from pdjax.runtime.placed import Values, placed
 from pdjax.runtime.results import Merge, mean_of_results
 from pdjax.runtime.stage import OutputIndex
+from pdjax.runtime.transport import Transport
 from pdjax.split import StageSplit
 
 
@@ -25,32 +28,41 @@ class Evaluation:
 
     Args:
         split: the loss function, cut into stages.
-        placements: where the stages are.
-        consts: for each stage the closed-over arrays that it reads, in place.
+        where: for each stage the place that runs it.
+        placements: where the places are.
+        consts: for each place the closed-over arrays that its stage reads.
         slicing: how a batch divides into microbatches.
         metric_axes: the axes along which metrics of microbatches are concatenated, or None.
+        transport: how values travel.
 
     Attributes:
+        split: the loss function, cut into stages.
         metrics_tree: the structure of the metrics, or None if there are none.
     """
 
     def __init__(
         self,
         split: StageSplit,
+        where: Sequence[int],
         placements: Sequence[Sharding],
-        consts: tuple[Values, ...],
+        consts: Sequence[Values],
         slicing: Slicing,
         metric_axes: Sequence[int | None],
+        transport: Transport,
     ) -> None:
-        self._split = split
+        self.split = split
+        self.metrics_tree = split.traced.metrics_tree
+        self._where = where
+        self._here = [transport.here[at] for at in where]
+        self._consts = consts
         self._slicing = slicing
+        self._transport = transport
         self._order = schedules.dispatch_order(
             schedules.forward_only(len(split.stages), slicing.num_microbatches)
         )
-        self._intakes = [Intake(placement, keeps_in_place=True) for placement in placements]
-        self.metrics_tree = split.traced.metrics_tree
-        self._runs, self._indices, self._picked = [], [], []
-        for stage, placement in zip(split.stages, placements, strict=True):
+        self._intakes = [Intake(placements[at], keeps_in_place=True) for at in where]
+        self._indices, self._runs, self._picked = [], [], []
+        for stage, at in zip(split.stages, where, strict=True):
             inputs, program = forward_only(split, stage)
             index = OutputIndex(program)
             order = [var for group in inputs.values() for var in group]
@@ -65,58 +77,107 @@ class Evaluation:
             ) -> Values:
                 return index.distinct(program.run(dict(zip(names, values, strict=True))))
 
-            self._runs.append(placed(run, placement))
             self._indices.append(index)
+            self._runs.append(placed(run, placements[at]))
             self._picked.append(picked)
-        self._consts = consts
-        weighted = split.traced.weight is not None
-        merges: list[Merge] = ["combine" if axis is None else axis for axis in metric_axes]
+        self._weighted = split.traced.weight is not None
         self._constants = {
             at: jnp.asarray(atom.val, jaxprs.aval(atom).dtype)
             for at, atom in enumerate(split.results)
             if not isinstance(atom, Var)
         }
+        self._combine = mean_of_results(
+            slicing.num_microbatches,
+            self._weighted,
+            self._merges(metric_axes),
+            placements[where[-1]],
+        )
+
+    def _merges(self, metric_axes: Sequence[int | None]) -> list[Merge]:
+        merges: list[Merge] = ["combine" if axis is None else axis for axis in metric_axes]
         for at in self._constants:  # the first result, the loss, is none
-            if at > weighted:
-                merges[at - 1 - weighted] = "same"
-        count = slicing.num_microbatches
-        self._combine = mean_of_results(count, weighted, merges, placements[-1])
+            if at > self._weighted:
+                merges[at - 1 - self._weighted] = "same"
+        return merges
 
     def run(
         self,
-        weights: Mapping[int, Any],
-        model: Mapping[int, Any],
+        weights: Sequence[Sequence[Any]],
+        model: Sequence[Sequence[Any]],
         batch: Sequence[Any],
-        key: Any,
+        keys: Sequence[Any],
     ) -> tuple[Any, Values]:
         """Dispatches the forward passes; returns the loss and the metrics' leaves.
 
         Args:
-            weights: each parameter leaf by index, wherever it is.
-            model: each leaf of the mutable state by index.
+            weights: for each stage its parameter leaves.
+            model: for each stage the leaves of the mutable state that it reads.
             batch: the batch leaves.
-            key: the random key.
+            keys: for each place the random key.
         """
         parts = [
-            intake.take(batch, stage.batch, self._slicing)
-            for stage, intake in zip(self._split.stages, self._intakes, strict=True)
+            intake.take(batch, stage.batch, self._slicing) if here else []
+            for stage, intake, here in zip(
+                self.split.stages, self._intakes, self._here, strict=True
+            )
         ]
         count = self._slicing.num_microbatches
-        made: list[dict[Var, Any]] = [{} for _ in range(count)]
+        received: list[list[dict[Var, Any]]] = [[{} for _ in range(count)] for _ in self._where]
         results: list[dict[int, Any]] = [dict(self._constants) for _ in range(count)]
         for _, at, microbatch in self._order:
-            stage, index, sent = self._split.stages[at], self._indices[at], made[microbatch]
-            values = (
-                *(weights[i] for i in stage.params),
-                *self._consts[at],
-                *(model[i] for i in stage.state),
-                *parts[at][microbatch],
-                *((key,) if stage.uses_key else ()),
-                *(sent[var] for var in stage.receives),
-            )
-            outputs = self._runs[at](tuple(values[i] for i in self._picked[at]))
-            sent |= zip(stage.sends, (outputs[i] for i in index.sends), strict=True)
-            found = zip(stage.outputs, (outputs[i] for i in index.results), strict=True)
-            results[microbatch] |= found
-        loss, _, metrics = self._combine([tuple(r[at] for at in sorted(r)) for r in results])
+            stage, outputs = self.split.stages[at], None
+            if self._here[at]:
+                values = (
+                    *weights[at],
+                    *self._consts[self._where[at]],
+                    *model[at],
+                    *parts[at][microbatch],
+                    *((keys[self._where[at]],) if stage.uses_key else ()),
+                    *(received[at][microbatch].pop(var) for var in stage.receives),
+                )
+                outputs = self._runs[at](tuple(values[i] for i in self._picked[at]))
+            self._send(at, outputs, [boxes[microbatch] for boxes in received])
+            self._send_results(at, outputs, results[microbatch])
+        return self._collect(results)
+
+    def _send(self, at: int, outputs: Values | None, boxes: Sequence[dict[Var, Any]]) -> None:
+        """Brings what a stage made to those that read it."""
+        stage = self.split.stages[at]
+        for later in sorted({target for targets in stage.targets for target in targets}):
+            sent = [n for n, targets in enumerate(stage.targets) if later in targets]
+            variables = [stage.sends[n] for n in sent]
+            values = None
+            if outputs is not None:
+                values = [outputs[self._indices[at].sends[n]] for n in sent]
+            shapes = list(map(jaxprs.shape_of, variables))
+            moved = self._transport.move(values, shapes, self._where[at], self._where[later])
+            if moved is not None:
+                boxes[later].update(zip(variables, moved, strict=True))
+
+    def _send_results(self, at: int, outputs: Values | None, results: dict[int, Any]) -> None:
+        stage = self.split.stages[at]
+        if not stage.outputs:
+            return
+        values = None
+        if outputs is not None:
+            values = [outputs[i] for i in self._indices[at].results]
+        shapes = [jaxprs.shape_of(self.split.results[i]) for i in stage.outputs]
+        moved = self._transport.move(values, shapes, self._where[at], self._where[-1])
+        if moved is not None:
+            results.update(zip(stage.outputs, moved, strict=True))
+
+    @cached_property
+    def _combined_shapes(self) -> Any:
+        results = tuple(map(jaxprs.shape_of, self.split.results))
+        return jax.eval_shape(self._combine, [results] * self._slicing.num_microbatches)
+
+    def _collect(self, results: Sequence[dict[int, Any]]) -> tuple[Any, Values]:
+        """The loss and the metrics of the batch, in every process."""
+        shapes, tree = jax.tree.flatten(self._combined_shapes)
+        made = None
+        if self._here[-1]:
+            ordered = [tuple(each[at] for at in sorted(each)) for each in results]
+            made = jax.tree.leaves(self._combine(ordered))
+        found = self._transport.broadcast(made, shapes, self._where[-1])
+        loss, _, metrics = jax.tree.unflatten(tree, found)
         return loss, metrics

@@ -13,13 +13,18 @@ it depends on which one that is:
 
 A forward and a backward pass that follow each other on a stage that waits for no cotangent in
 between are one program, and so is the update if it follows them.
+
+Several processes walk the same instructions in the same order. Each dispatches those of its own
+places, and of the others takes in what they send it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jax
 import numpy as np
 
 from pdjax.runtime.divided import Held
@@ -68,7 +73,9 @@ class Executor:
     ) -> None:
         self.schedule = schedule
         self.places = Places.of(schedule)
+        self._here = transport.here
         self.observer: Observer | None = None
+        self._collector = len(self.places.stage_of) - 1
         self._sizes = [schedule.per_update[stage] for stage in self.places.stage_of]
         self._reach = reach(schedule) * schedule.num_microbatches
         self._stashes = rule.backward == "stashed"
@@ -78,6 +85,8 @@ class Executor:
         self._transport = transport
         self._average_state = average_state
         self._reduces = reduces or {}
+        # A program that waits for another process holds up what its thread dispatches after it.
+        self._aside = None if all(transport.here) else ThreadPoolExecutor(1, "pdjax-all-reduce")
         self._handlers: dict[InstructionKind, Callable[[Step, int, int], Any]] = {
             "F": self._forward,
             "B": self._backward,
@@ -122,10 +131,27 @@ class Executor:
             if kind == "U" and microbatch - self._sizes[place] + 1 < run.fed:
                 microbatch = min(microbatch, run.fed - 1)  # of a round that was broken off
             if run.start <= microbatch < run.fed:
+                if not self._here[place]:
+                    self._follow(step, kind, place, microbatch)
+                    continue
                 made = self._handlers[kind](step, place, microbatch)
                 run.stages[place].performed[kind] += 1
                 if self.observer and made is not None:
                     self.observer(kind, place, microbatch, made)
+
+    def _follow(self, step: Step, kind: InstructionKind, place: int, microbatch: int) -> None:
+        """Takes in what another process sends here, or waits for, when it runs an instruction."""
+        run, stash = step.run, step.run.stages[place].stash
+        if kind == "U":
+            self._update(step, place, microbatch)
+        elif kind in ("B", "I"):
+            self._return(run, stash.pop(microbatch).passes, place, microbatch, None)
+        elif kind != "W":
+            self._deliver(step, place, microbatch, None, None)
+            if kind == "F":  # its backward pass may come in another step
+                stash[microbatch] = Kept(step.passes, 0, None, Given(), ())
+            else:
+                self._return(run, step.passes, place, microbatch, None)
 
     # -------- the actions
 
@@ -220,10 +246,18 @@ class Executor:
         return made
 
     def _update(self, step: Step, place: int, microbatch: int) -> Any:
-        state = step.run.stages[place]
-        self._average(step, place)
+        if self._aside is not None and self.places.stage_of[place] in self._reduces:
+            # It waits for the dispatch only.
+            return self._aside.submit(self._update_now, step, place, microbatch).result()
+        return self._update_now(step, place, microbatch)
+
+    def _update_now(self, step: Step, place: int, microbatch: int) -> Any:
+        state, stage = step.run.stages[place], self.places.stage_of[place]
         if not state.reduced:
-            self._reduce(step.run, self.places.stage_of[place])
+            for replica in self.places.of_stage(stage):
+                self._average(step, replica)
+            if stage in self._reduces:
+                self._reduce(step.run, stage)
         step.updating.append(place)
         if self._updates[place].num_phases == 1:
             self._apply(step, place, microbatch, ())
@@ -234,13 +268,11 @@ class Executor:
 
     def _reduce(self, run: Run, stage: int) -> None:
         """Sums the gradients of a stage's replicas, and averages their mutable state."""
-        if stage not in self._reduces:
-            return
         places = self.places.of_stage(stage)
         states = [run.stages[place] for place in places]
         gradients, model = self._reduces[stage]
-        for place in places:  # each sends to the next one, around a ring
-            following = places[(place + 1 - places[0]) % len(places)]
+        for place in filter(self._here.__getitem__, places):
+            following = places[(place + 1 - places[0]) % len(places)]  # around a ring
             run.sent_bytes[place, following] += gradients.sent_bytes
         for state, sums in zip(states, gradients([s.gradients for s in states]), strict=True):
             state.gradients, state.reduced = sums, True
@@ -249,29 +281,52 @@ class Executor:
 
     def _apply_together(self, step: Step, microbatch: int) -> None:
         """Runs the phases of an update in which the stages exchange values."""
-        packs: list[dict[int, Pack]] = []
+        packs: list[list[dict[int, Pack]]] = [[] for _ in self._updates]
         for phase in range(self._updates[0].num_phases - 1):
-            sent = {}
+            for received in packs:
+                received.append({})
             for stage in range(self.schedule.num_stages):
                 place = self.places.of_stage(stage)[0]  # all replicas would send the same
-                update = self._updates[place]
-                if update.sends(phase):
-                    state = step.run.stages[place]
-                    received = _addressed(packs, update)
-                    divisor = self._divisor(step, place, microbatch)
-                    sent[stage] = update.phases[phase](
-                        state.weights, state.optimizer, state.gradients, received, divisor
-                    )
-            packs.append(sent)
-        for place, update in enumerate(self._updates):
-            self._apply(step, place, microbatch, _addressed(packs, update))
-            if self.observer:
+                if self._updates[place].sends(phase):
+                    self._send_pack(step, phase, place, microbatch, packs)
+        for place in range(len(self._updates)):
+            self._apply(step, place, microbatch, packs[place])
+            if self.observer and self._here[place]:
                 self.observer("U", place, microbatch, step.run.stages[place].weights)
+
+    def _send_pack(
+        self,
+        step: Step,
+        phase: int,
+        source: int,
+        microbatch: int,
+        packs: Sequence[list[dict[int, Pack]]],
+    ) -> None:
+        """Runs a phase of an update at one place, and hands what it sends to those that need it."""
+        update, stage = self._updates[source], self.places.stage_of[source]
+        shapes, tree = jax.tree.flatten(update.pack_shapes[phase])
+        sent = None
+        if self._here[source]:
+            state, divisor = step.run.stages[source], self._divisor(step, source, microbatch)
+            received = tuple(packs[source][:phase])
+            sent = jax.tree.leaves(
+                update.phases[phase](
+                    state.weights, state.optimizer, state.gradients, received, divisor
+                )
+            )
+        for target, other in enumerate(self._updates):
+            if stage in other.sources[phase + 1]:
+                moved = self._transport.move(sent, shapes, source, target)
+                if moved is not None:
+                    packs[target][phase][stage] = jax.tree.unflatten(tree, moved)
 
     def _apply(
         self, step: Step, place: int, microbatch: int, packs: Sequence[dict[int, Pack]]
     ) -> None:
         state = step.run.stages[place]
+        if not self._here[place]:
+            state.reduced = False
+            return
         if self._delay is not None:
             state.older[state.version] = state.weights
         state.weights, state.optimizer = self._updates[place].phases[-1](
@@ -325,41 +380,56 @@ class Executor:
         return tuple(box[at] for at in range(len(stage.receives)))
 
     def _deliver(
-        self, step: Step, place: int, microbatch: int, outputs: Values, index: OutputIndex
+        self,
+        step: Step,
+        place: int,
+        microbatch: int,
+        outputs: Values | None,
+        index: OutputIndex | None,
     ) -> None:
+        """Sends what a forward pass made to where it is needed; None if it ran elsewhere."""
         run, passes, stage = step.run, step.passes, self.places.stage_of[place]
         turn, routes = self._turn(run, microbatch), passes.routes[stage]
-        for later, pairs in routes.forward.items():
-            target = self.places.pick(later, turn)
-            values = [outputs[index.sends[here]] for here, _ in pairs]
-            moved = self._transport.send(values, place, target)
-            run.sent_bytes[place, target] += routes.forward_bytes[later]
-            box = run.stages[target].inbox.setdefault(microbatch, {})
-            box.update(zip((there for _, there in pairs), moved, strict=True))
-        if index.state:
+        for later, route in routes.forward.items():
+            target, values = self.places.pick(later, turn), None
+            if outputs is not None and index is not None:
+                values = [outputs[index.sends[here]] for here in route.sources]
+                run.sent_bytes[place, target] += route.num_bytes
+            moved = self._transport.move(values, route.shapes, place, target)
+            if moved is not None:
+                box = run.stages[target].inbox.setdefault(microbatch, {})
+                box.update(zip(route.targets, moved, strict=True))
+        if routes.results:
+            values = [outputs[at] for at in index.results] if outputs and index else None
+            moved = self._transport.move(values, routes.result_shapes, place, self._collector)
+            if moved is not None:
+                results = step.made.setdefault(microbatch, {})
+                results.update(zip(routes.results, moved, strict=True))
+        if outputs is not None and index is not None and index.state:
             new = tuple(outputs[at] for at in index.state)
             if self._average_state:
                 run.stages[place].new_model.append(new)
             else:
                 updates = passes.split.stages[stage].updates
                 run.stages[place].model.update(zip(updates, new, strict=True))
-        for result, at in zip(passes.split.stages[stage].outputs, index.results, strict=True):
-            step.made.setdefault(microbatch, {})[result] = outputs[at]
 
     def _return(
-        self, run: Run, passes: Passes, place: int, microbatch: int, returns: Values
+        self, run: Run, passes: Passes, place: int, microbatch: int, returns: Values | None
     ) -> None:
+        """Sends the cotangents that a backward pass made; None if it ran elsewhere."""
         stage, turn = self.places.stage_of[place], self._turn(run, microbatch)
-        routes = passes.routes[stage]
-        for earlier, pairs in routes.backward.items():
-            target = self.places.pick(earlier, turn)
-            values = [returns[here] for here, _ in pairs]
-            moved = self._transport.send(values, place, target)
-            run.sent_bytes[place, target] += routes.backward_bytes[earlier]
+        for earlier, route in passes.routes[stage].backward.items():
+            target, values = self.places.pick(earlier, turn), None
+            if returns is not None:
+                values = [returns[here] for here in route.sources]
+                run.sent_bytes[place, target] += route.num_bytes
+            moved = self._transport.move(values, route.shapes, place, target)
+            if moved is None:
+                continue
             waiting = run.stages[target].returned
             if microbatch not in waiting:
                 waiting[microbatch] = [{} for _ in range(passes.routes[earlier].num_waits)]
-            for (_, there), value in zip(pairs, moved, strict=True):
+            for there, value in zip(route.targets, moved, strict=True):
                 waiting[microbatch][there][stage] = value
 
     def _turn(self, run: Run, microbatch: int) -> int:
@@ -378,17 +448,22 @@ class Executor:
 
     def _collect(self, step: Step) -> tuple[Any, Any, Values]:
         """The results of the minibatch, from those of its microbatches."""
-        passes = step.passes
-        made = []
-        for microbatch in sorted(step.made):
-            results = {**passes.constants, **step.made[microbatch]}
-            made.append(tuple(results[at] for at in range(passes.num_results)))
-        if len(made) == 1 and not passes.weighted:
-            return made[0][0], None, made[0][1:]
-        combined = passes.combine(made)
-        if passes.weighted:
-            step.run.divisors[step.first] = combined[1]
-        return combined
+        passes, combined = step.passes, None
+        if self._here[self._collector]:
+            made = []
+            for microbatch in sorted(step.made):
+                results = {**passes.constants, **step.made[microbatch]}
+                made.append(tuple(results[at] for at in range(passes.num_results)))
+            if len(made) == 1 and not passes.weighted:
+                combined = made[0]
+            else:
+                loss, weight, metrics = passes.combine(made)
+                combined = (loss, *((weight,) if passes.weighted else ()), *metrics)
+        found = self._transport.broadcast(combined, passes.combined_shapes, self._collector)
+        if not passes.weighted:
+            return found[0], None, tuple(found[1:])
+        step.run.divisors[step.first] = found[1]
+        return found[0], found[1], tuple(found[2:])
 
     def _divisor(self, step: Step, place: int, microbatch: int) -> Any:
         """What the gradients that are applied together are divided by.
@@ -424,13 +499,3 @@ def _cotangents(state: StageState, microbatch: int) -> tuple[Values, ...]:
     """Of each value that gets a cotangent back those that came, by stage."""
     came = state.returned.pop(microbatch, ())
     return tuple(tuple(parts[s] for s in sorted(parts)) for parts in came)
-
-
-def _addressed(
-    packs: Sequence[dict[int, Pack]], update: UpdateRunner
-) -> tuple[dict[int, Pack], ...]:
-    """Of the packs of each phase, those that a stage's update reads."""
-    return tuple(
-        {source: sent[source] for source in sources}
-        for sent, sources in zip(packs, update.sources[1:], strict=False)
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import jax
@@ -34,23 +35,61 @@ Instruction = tuple[InstructionKind, int, int]
 
 
 @dataclass(frozen=True)
+class Route:
+    """What goes from one stage to another with every microbatch.
+
+    Attributes:
+        sources: for each value its position among those that the sender makes.
+        targets: for each its position among those that the receiver waits for.
+        shapes: their shapes.
+        num_bytes: how much they are.
+    """
+
+    sources: tuple[int, ...]
+    targets: tuple[int, ...]
+    shapes: Values
+    num_bytes: int
+
+    @classmethod
+    def of(cls, triples: Sequence[tuple[int, int, Var]]) -> Route:
+        """The route of values given by their two positions and their variable."""
+        variables = [var for _, _, var in triples]
+        return cls(
+            tuple(here for here, _, _ in triples),
+            tuple(there for _, there, _ in triples),
+            tuple(map(jaxprs.shape_of, variables)),
+            sum(map(jaxprs.num_bytes, variables)),
+        )
+
+
+@dataclass(frozen=True)
 class Routes:
     """Where the outputs of a stage go, and where its cotangents come from.
 
     Attributes:
-        forward: for each later stage the pairs (position among the sends, position there).
-        backward: for each earlier stage the pairs (position among the cotangents that this stage
-            makes, position among the values for which that stage waits for cotangents).
-        forward_bytes: how much goes to each later stage, for each microbatch.
-        backward_bytes: how much goes back to each earlier stage.
+        forward: what goes to each later stage, of the values that this stage sends.
+        backward: what goes back to each earlier stage, of the cotangents that this stage makes, to
+            the values for which that stage waits for cotangents.
+        results: the positions of the loss function's results that the stage makes.
+        result_shapes: their shapes.
         num_waits: for how many values this stage waits for cotangents.
     """
 
-    forward: dict[int, tuple[tuple[int, int], ...]]
-    backward: dict[int, tuple[tuple[int, int], ...]]
-    forward_bytes: dict[int, int]
-    backward_bytes: dict[int, int]
+    forward: dict[int, Route]
+    backward: dict[int, Route]
+    results: tuple[int, ...]
+    result_shapes: Values
     num_waits: int
+
+    @property
+    def forward_bytes(self) -> dict[int, int]:
+        """How much goes to each later stage, for each microbatch."""
+        return {stage: route.num_bytes for stage, route in self.forward.items()}
+
+    @property
+    def backward_bytes(self) -> dict[int, int]:
+        """How much goes back to each earlier stage."""
+        return {stage: route.num_bytes for stage, route in self.backward.items()}
 
 
 class Passes:
@@ -61,7 +100,8 @@ class Passes:
         places: where the stages are.
         stages: the passes of each place.
         routes: for each stage where its outputs go.
-        instructions: for each minibatch of a cycle what to dispatch in its step, in order.
+        instructions: for each minibatch of a cycle what to dispatch in its step, in order; of
+            places in other processes what concerns this one.
         kinds: for each place the kinds of its instructions.
         stash_bytes: for each place what a microbatch keeps from its forward pass on.
         held_bytes: for each place what it keeps between input part and weight part.
@@ -83,8 +123,10 @@ class Passes:
         updates: Sequence[UpdateRunner],
         metric_axes: Sequence[int | None],
         consts: tuple[Values, ...],
+        here: Sequence[bool],
     ) -> None:
         self.split = split
+        self._here = here
         self.places = places = Places.of(schedule)
         programs = differentiate(split, remat)
         self.stages = tuple(
@@ -93,10 +135,14 @@ class Passes:
         )
         self.routes = tuple(_find_routes(stage, programs) for stage in range(len(programs)))
         fusions = self._longest_fusions(schedule, rule, updates)
-        self.instructions = _fuse(schedule, places, fusions)
+        instructions = _fuse(schedule, places, fusions)
         self.kinds: tuple[frozenset[InstructionKind], ...] = tuple(
-            frozenset(kind for phase in self.instructions for kind, at, _ in phase if at == place)
+            frozenset(kind for phase in instructions for kind, at, _ in phase if at == place)
             for place in range(len(self.stages))
+        )
+        self.instructions = tuple(
+            tuple(each for each in phase if self._concerns(each[0], each[1], updates))
+            for phase in instructions
         )
         self.stash_bytes = tuple(runner.programs.saved_bytes for runner in self.stages)
         self.held_bytes = tuple(
@@ -141,10 +187,33 @@ class Passes:
 
         return tuple(fusion(place) for place in range(len(self.stages)))
 
+    def _concerns(self, kind: InstructionKind, place: int, updates: Sequence[UpdateRunner]) -> bool:
+        """Whether this process runs an instruction, or gets something of it."""
+        if self._here[place]:
+            return True
+        stage = self.places.stage_of[place]
+        if kind == "U" and updates[place].num_phases > 1:
+            return True
+        routes = self.routes[stage]
+        getting = [stage] if kind == "U" else [*routes.forward, *routes.backward]
+        if routes.results and kind != "U":
+            getting.append(len(self.routes) - 1)
+        return any(self._here[at] for other in getting for at in self.places.of_stage(other))
+
     @property
     def weighted(self) -> bool:
         """Whether the loss has a weight."""
         return self.split.traced.weight is not None
+
+    @cached_property
+    def combined_shapes(self) -> Values:
+        """The shapes of a minibatch's results: loss, weight if there is one, metrics."""
+        shapes = tuple(map(jaxprs.shape_of, self.split.results))
+        if self.slicing.num_microbatches == 1 and not self.weighted:
+            return shapes
+        made = [shapes] * self.slicing.num_microbatches
+        loss, weight, metrics = jax.eval_shape(self.combine, made)
+        return (loss, *((weight,) if self.weighted else ()), *metrics)
 
     def lowerings(self, key: Any) -> Iterator[Callable[[], Any]]:
         """For each program that a step runs, a function that lowers it.
@@ -155,8 +224,8 @@ class Passes:
             key: the shape of the base key.
         """
         accumulates = self.slicing.num_microbatches > 1
-        for runner, kinds in zip(self.stages, self.kinds, strict=True):
-            for kind in sorted(kinds):
+        for runner, kinds, here in zip(self.stages, self.kinds, self._here, strict=True):
+            for kind in sorted(kinds) if here else ():
                 if kind == "U":
                     yield from runner.update.lowerings()
                 else:
@@ -168,17 +237,19 @@ class PlacedConsts:
 
     Args:
         placements: the places.
+        here: for each of them whether it is in this process.
     """
 
-    def __init__(self, placements: Sequence[Sharding]) -> None:
+    def __init__(self, placements: Sequence[Sharding], here: Sequence[bool]) -> None:
         self._placements = placements
+        self._here = here
         self._placed: dict[tuple[int, int], tuple[Any, jax.Array]] = {}
 
     def of(self, split: StageSplit, places: Places) -> tuple[Values, ...]:
-        """For each place the arrays that its stage reads, there."""
+        """For each place of this process the arrays that its stage reads, there."""
         values = split.traced.program.consts
         return tuple(
-            tuple(self._at(values[i], at) for i in split.stages[stage].consts)
+            tuple(self._at(values[i], at) for i in split.stages[stage].consts if self._here[at])
             for at, stage in enumerate(places.stage_of)
         )
 
@@ -191,26 +262,24 @@ class PlacedConsts:
 
 def _find_routes(stage: int, stages: Sequence[StagePrograms]) -> Routes:
     programs = stages[stage]
-    forward: dict[int, list[tuple[int, int]]] = {}
+    forward: dict[int, list[tuple[int, int, Var]]] = {}
     for here, (var, targets) in enumerate(
         zip(programs.stage.sends, programs.stage.targets, strict=True)
     ):
         for target in targets:
             there = stages[target].stage.receives.index(var)
-            forward.setdefault(target, []).append((here, there))
-    backward: dict[int, list[tuple[int, int]]] = {}
+            forward.setdefault(target, []).append((here, there, var))
+    backward: dict[int, list[tuple[int, int, Var]]] = {}
     for here, at in enumerate(programs.gradient_receives):
         var, source = programs.stage.receives[at], programs.stage.sources[at]
         maker = stages[source]
         there = maker.gradient_sends.index(maker.stage.sends.index(var))
-        backward.setdefault(source, []).append((here, there))
-    sends = list(map(jaxprs.num_bytes, programs.stage.sends))
-    receives = [jaxprs.num_bytes(programs.stage.receives[at]) for at in programs.gradient_receives]
+        backward.setdefault(source, []).append((here, there, var))
     return Routes(
-        {target: tuple(pairs) for target, pairs in forward.items()},
-        {source: tuple(pairs) for source, pairs in backward.items()},
-        {target: sum(sends[here] for here, _ in pairs) for target, pairs in forward.items()},
-        {source: sum(receives[here] for here, _ in pairs) for source, pairs in backward.items()},
+        {target: Route.of(found) for target, found in forward.items()},
+        {source: Route.of(found) for source, found in backward.items()},
+        programs.stage.outputs,
+        tuple(map(jaxprs.shape_of, programs.forward.outputs["results"])),
         len(programs.gradient_sends),
     )
 

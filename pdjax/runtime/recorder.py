@@ -11,12 +11,13 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any, cast
 
 import jax
 
+from pdjax.distributed import Peers
 from pdjax.runtime.passes import InstructionKind
 from pdjax.runtime.places import Places
 from pdjax.schedules import Action, Schedule
@@ -25,7 +26,7 @@ from pdjax.timeline import Span, Timeline
 
 
 @dataclass
-class _Event:
+class Event:
     """A program that was dispatched; `done_s` is set when its results are ready."""
 
     kind: InstructionKind
@@ -36,8 +37,12 @@ class _Event:
     done_s: float = 0.0
 
 
+Ends = dict[tuple[str, int, int], float]
+"""When programs ended, by kind, stage and microbatch."""
+
+
 class Recorder:
-    """Is told of every dispatch (`observe`), and makes a `Timeline` of them (`finish`)."""
+    """Is told of every dispatch (`observe`), and waits for all that was dispatched (`finish`)."""
 
     def __init__(self, schedule: Schedule, weights: Iterable[jax.Array]) -> None:
         """Starts the threads.
@@ -50,11 +55,11 @@ class Recorder:
             _touch(leaf)
         self._schedule = schedule
         self._places = Places.of(schedule)
-        self._events: list[_Event] = []
-        self._queues: list[queue.SimpleQueue[tuple[_Event, Any] | None]] = []
+        self._events: list[Event] = []
+        self._queues: list[queue.SimpleQueue[tuple[Event, Any] | None]] = []
         self._threads: list[threading.Thread] = []
         for _ in schedule.workers:
-            waiting: queue.SimpleQueue[tuple[_Event, Any] | None] = queue.SimpleQueue()
+            waiting: queue.SimpleQueue[tuple[Event, Any] | None] = queue.SimpleQueue()
             thread = threading.Thread(target=_wait_for_each, args=(waiting,), daemon=True)
             thread.start()
             self._queues.append(waiting)
@@ -63,39 +68,61 @@ class Recorder:
     def observe(self, kind: InstructionKind, place: int, microbatch: int, made: Any) -> None:
         """Notes that a program was dispatched, and waits for it elsewhere."""
         stage, worker = self._places.stage_of[place], self._places.worker_of[place]
-        event = _Event(kind, worker, stage, microbatch, time.perf_counter())
+        event = Event(kind, worker, stage, microbatch, time.perf_counter())
         self._events.append(event)
         self._queues[worker].put((event, _lasting(kind, made)))
 
-    def finish(self) -> Timeline:
-        """Waits for everything that was dispatched and returns when it ran."""
+    def finish(self) -> list[Event]:
+        """Waits for everything that was dispatched; returns it in order."""
         for waiting in self._queues:
             waiting.put(None)
         for thread in self._threads:
             thread.join()
-        first = min((event.microbatch for event in self._events), default=0)
-        ends = {(e.kind, e.stage, e.microbatch): e.done_s for e in self._events}
-        free_at = [0.0] * len(self._schedule.workers)
-        spans = []
-        for event in self._events:
-            worker = event.worker
-            inputs = self._inputs_ready(event, ends)
-            start = min(max(free_at[worker], inputs, event.dispatched_s), event.done_s)
-            free_at[worker] = event.done_s
-            number = event.microbatch - first
-            spans.append(Span(worker, event.kind, event.stage, number, start, event.done_s))
-        title = f"{self._schedule.name}, measured"
-        return Timeline.of(title, len(self._schedule.workers), spans)
+        return self._events
 
-    def _inputs_ready(self, event: _Event, ends: dict[tuple[str, int, int], float]) -> float:
-        first = cast(ActionKind, event.kind[0])
-        needs = inputs_of(Action(first, event.stage, event.microbatch), self._schedule.num_stages)
-        return max((self._end_of(need, ends) for need in needs), default=0.0)
 
-    @staticmethod
-    def _end_of(action: Action, ends: dict[tuple[str, int, int], float]) -> float:
-        kinds = ("B", "I", "FB", "FBU") if action.kind == "B" else (action.kind, "FB", "FBU")
-        return max(ends.get((kind, action.stage, action.microbatch), 0.0) for kind in kinds)
+def gather(peers: Peers, events: Sequence[Event]) -> list[Event]:
+    """The events of all processes, by the clock of the first one.
+
+    Clocks are compared at a moment when all have just met, so that those of different hosts are off
+    by the time that a message takes.
+    """
+    peers.exchange("end of the recording", None)
+    mine = [time.perf_counter(), [astuple(event) for event in events]]
+    said = peers.exchange("what was recorded", mine)
+    found = []
+    for now, theirs in said:
+        for values in theirs:
+            event, ahead = Event(*values), now - said[0][0]
+            event.dispatched_s, event.done_s = event.dispatched_s - ahead, event.done_s - ahead
+            found.append(event)
+    return found
+
+
+def timeline_of(schedule: Schedule, events: Sequence[Event]) -> Timeline:
+    """When each program could start, and when it ended; microbatches are counted from the first."""
+    first = min((event.microbatch for event in events), default=0)
+    ends = {(e.kind, e.stage, e.microbatch): e.done_s for e in events}
+    free_at = [0.0] * len(schedule.workers)
+    spans = []
+    for event in events:
+        worker, inputs = event.worker, _inputs_ready(schedule, event, ends)
+        start = min(max(free_at[worker], inputs, event.dispatched_s), event.done_s)
+        free_at[worker] = event.done_s
+        number = event.microbatch - first
+        spans.append(Span(worker, event.kind, event.stage, number, start, event.done_s))
+    return Timeline.of(f"{schedule.name}, measured", len(schedule.workers), spans)
+
+
+def _inputs_ready(schedule: Schedule, event: Event, ends: Ends) -> float:
+    kind = cast(ActionKind, event.kind[0])
+    needs = inputs_of(Action(kind, event.stage, event.microbatch), schedule.num_stages)
+    return max((_end_of(need, ends) for need in needs), default=0.0)
+
+
+def _end_of(action: Action, ends: Ends) -> float:
+    kinds = ("B", "I", "FB", "FBU") if action.kind == "B" else (action.kind, "FB", "FBU")
+    return max(ends.get((kind, action.stage, action.microbatch), 0.0) for kind in kinds)
 
 
 def _lasting(kind: InstructionKind, made: Any) -> Any:
@@ -116,7 +143,7 @@ def _lasting(kind: InstructionKind, made: Any) -> Any:
     return _touch(leaves[0]) if leaves else ()
 
 
-def _wait_for_each(waiting: queue.SimpleQueue[tuple[_Event, Any] | None]) -> None:
+def _wait_for_each(waiting: queue.SimpleQueue[tuple[Event, Any] | None]) -> None:
     while (item := waiting.get()) is not None:
         event, values = item
         with contextlib.suppress(Exception):  # the loss reports it; here only the time counts

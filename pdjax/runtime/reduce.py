@@ -15,6 +15,9 @@ from pdjax.runtime.placed import Values, placed
 from pdjax.runtime.state import StageState
 
 _AXIS = "replica"
+_INLINE = 1000
+"""Programs with fewer operations the CPU runs in the thread that dispatches them. One that waits
+for other processes would hold it up, so it is given more to do."""
 
 
 class AllReduce:
@@ -36,7 +39,11 @@ class AllReduce:
         mean: bool = False,
     ) -> None:
         self._devices = [next(iter(placement.device_set)) for placement in placements]
+        self._here = [device.process_index == jax.process_index() for device in self._devices]
         self._shapes = tuple(shapes)
+        self._num_wanted = len(self._shapes)
+        if not all(self._here) and 0 < sum(s.size for s in shapes) < _INLINE:
+            self._shapes += (jax.ShapeDtypeStruct((_INLINE,), jnp.float32),)
         mesh = Mesh(np.array(self._devices), (_AXIS,))
         self._sharding = NamedSharding(mesh, PartitionSpec(_AXIS))
         combine = jax.lax.pmean if mean else jax.lax.psum
@@ -73,45 +80,56 @@ class AllReduce:
             for s in long
         )
         yield partial(self._run.lower, whole)
-        yield from (zeros.lower for zeros in self._zeros)
-        if self._scalars:
-            without, with_axis = (
-                tuple(shapes[at] for at in self._scalars) for shapes in (self._shapes, long)
-            )
-            yield from (partial(run.lower, without) for run in self._with_axis)
-            yield from (partial(run.lower, with_axis) for run in self._without)
+        without, with_axis = (
+            tuple(shapes[at] for at in self._scalars) for shapes in (self._shapes, long)
+        )
+        for at in (at for at, here in enumerate(self._here) if here):
+            yield self._zeros[at].lower
+            if self._scalars:
+                yield partial(self._with_axis[at].lower, without)
+                yield partial(self._without[at].lower, with_axis)
 
     @property
     def sent_bytes(self) -> int:
         """Bytes that each replica sends: 2 (r - 1) / r of those of the arrays, around a ring."""
-        size = sum(s.size * s.dtype.itemsize for s in self._shapes)
+        size = sum(s.size * s.dtype.itemsize for s in self._shapes[: self._num_wanted])
         return round(2 * (len(self._devices) - 1) / len(self._devices) * size)
 
-    def __call__(self, parts: Sequence[Values | None]) -> list[Values]:
+    def __call__(self, parts: Sequence[Values | None]) -> list[Values | None]:
         """The sum on each replica.
 
+        Where replicas are in other processes, these must call it, too, in the same order as what
+        else replicas in both of them sum up.
+
         Args:
-            parts: the arrays of each replica, where it is; None for one that has none.
+            parts: the arrays of each replica, where it is; None for one that has none, or is in
+                another process.
+
+        Returns:
+            The sums; None for replicas in other processes.
         """
         if not self._shapes:
             return [() for _ in parts]
-        given = [
-            self._lengthened(at, self._zeros[at]() if part is None else part)
-            for at, part in enumerate(parts)
-        ]
+        given = [self._lengthened(at, part) for at, part in enumerate(parts) if self._here[at]]
         whole = tuple(self._joined(column) for column in zip(*given, strict=True))
         sums = self._run(whole)
-        found = [[] for _ in parts]
+        found: list[list[Any]] = [[] for _ in parts]
         for array in sums:
             by_device = {shard.device: shard.data for shard in array.addressable_shards}
             for at, device in enumerate(self._devices):
-                found[at].append(by_device[device])
-        return [self._shortened(at, tuple(values)) for at, values in enumerate(found)]
+                if self._here[at]:
+                    found[at].append(by_device[device])
+        return [
+            self._shortened(at, tuple(values))[: self._num_wanted] if here else None
+            for at, (values, here) in enumerate(zip(found, self._here, strict=True))
+        ]
 
-    def _lengthened(self, replica: int, values: Values) -> list[Any]:
-        lengthened = list(values)
+    def _lengthened(self, replica: int, part: Values | None) -> list[Any]:
+        lengthened = list(part or ())
+        if len(lengthened) < len(self._shapes):
+            lengthened += self._zeros[replica]()[len(lengthened) :]
         if self._scalars:
-            short = tuple(values[at] for at in self._scalars)
+            short = tuple(lengthened[at] for at in self._scalars)
             for at, value in zip(self._scalars, self._with_axis[replica](short), strict=True):
                 lengthened[at] = value
         return lengthened
@@ -127,7 +145,7 @@ class AllReduce:
 
     def _joined(self, shards: Sequence[jax.Array]) -> jax.Array:
         shape = shards[0].shape
-        length = shape[0] * len(shards)
+        length = shape[0] * len(self._devices)
         return jax.make_array_from_single_device_arrays(
             (length, *shape[1:]), self._sharding, list(shards)
         )
@@ -152,6 +170,10 @@ class MeanOfState:
 
     def __call__(self, states: Sequence[StageState]) -> None:
         """Replaces the leaves of all replicas by their mean."""
-        parts = [tuple(state.model[i] for i in self._indices) for state in states]
+        parts = [
+            tuple(state.model[i] for i in self._indices) if state.model else None
+            for state in states
+        ]
         for state, means in zip(states, self._mean(parts), strict=True):
-            state.model.update(zip(self._indices, means, strict=True))
+            if means is not None:
+                state.model.update(zip(self._indices, means, strict=True))

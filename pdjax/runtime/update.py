@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -71,6 +71,11 @@ class UpdateRunner:
             if phase == self.num_phases - 1 or self.sends(phase):
                 yield partial(run.lower, weights, state, weights, tuple(packs), self._divisor)
             packs.append({s: self._pack_shape(s, phase) for s in self._sources_after(phase)})
+
+    @cached_property
+    def pack_shapes(self) -> tuple[Any, ...]:
+        """For each phase but the last the shapes of what the stage sends after it."""
+        return tuple(self._pack_shape(self._stage, phase) for phase in range(self.num_phases - 1))
 
     @property
     def state_shapes(self) -> Values:

@@ -129,7 +129,7 @@ def evaluate(
     test = task.dataset.test[: config.eval_examples]
     size = min(config.batch_size, len(test))
     totals: dict[str, list[float]] = {}
-    for batch in data.batches(test, size):
+    for batch in data.batches(test, size, reads=pipe.reads()):
         for name, value in pipe.evaluate(state, batch).items():
             totals.setdefault(name, []).append(float(value))
     return {name: float(np.mean(values)) for name, values in totals.items()}

@@ -51,12 +51,15 @@ class RunDirectory:
     """Writes metrics.jsonl as metrics become ready, and the other files at the end.
 
     A context manager: leaving it writes the metrics that are still outstanding.
+
+    Args:
+        path: the directory; None to keep the losses only, in a process that writes nothing.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
         self.losses: list[float] = []
-        self._file = (path / _FILES[0]).open("w")
+        self._file = None if path is None else (path / _FILES[0]).open("w")
         self._waiting: deque[tuple[int, dict[str, Any], float]] = deque()
 
     def __enter__(self) -> RunDirectory:
@@ -74,7 +77,8 @@ class RunDirectory:
             if error is None:
                 raise
         finally:
-            self._file.close()
+            if self._file:
+                self._file.close()
 
     def add(self, step: int, metrics: dict[str, Any], elapsed_s: float) -> None:
         """Notes the metrics of a step, which need not be ready."""
@@ -89,8 +93,9 @@ class RunDirectory:
             self.losses.append(values["loss"])
             values = {name: v if math.isfinite(v) else None for name, v in values.items()}
             line = {"step": step, **values, "elapsed_s": round(elapsed_s, 4)}
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+            if self._file:
+                self._file.write(json.dumps(line) + "\n")
+                self._file.flush()
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, with null for what is not finite."""
@@ -98,8 +103,10 @@ class RunDirectory:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in summary.items()
         }
-        (self.path / _FILES[1]).write_text(json.dumps(summary, indent=1) + "\n")
+        if self.path:
+            (self.path / _FILES[1]).write_text(json.dumps(summary, indent=1) + "\n")
 
     def write_timeline(self, timeline: Timeline) -> None:
         """Draws timeline.png."""
-        save_timeline(timeline, self.path / _FILES[2])
+        if self.path:
+            save_timeline(timeline, self.path / _FILES[2])

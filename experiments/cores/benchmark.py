@@ -1,0 +1,143 @@
+"""Two stages in two pinned processes, against what two cores can do at all.
+
+    python experiments/cores/benchmark.py [--model mlp] [--rounds 7]
+
+All systems are started once and then take turns, so that the noise of the machine hits all of them.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+STEPS = {"transformer": 6, "mlp": 16}
+
+
+class System:
+    """Some processes, each pinned to a core, that take steps together when told."""
+
+    def __init__(self, name, model, cores):
+        self.name = name
+        port = _free_port()
+        self.processes = []
+        for number, core in enumerate(cores):
+            told = {
+                "PDJAX_COORDINATOR": f"127.0.0.1:{port}",
+                "PDJAX_NUM_PROCESSES": str(len(cores)),
+                "PDJAX_PROCESS_ID": str(number),
+            }
+            self.processes.append(
+                subprocess.Popen(
+                    ["taskset", "-c", str(core), sys.executable, HERE / "worker.py", name, model],
+                    env=os.environ | told | {"JAX_PLATFORMS": "cpu"},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+
+    def run(self, steps):
+        """Seconds of a step, by the slowest of the processes."""
+        for process in self.processes:
+            process.stdin.write(f"{steps}\n")
+            process.stdin.flush()
+        return max(self.answers())
+
+    def answers(self):
+        return [json.loads(process.stdout.readline()) for process in self.processes]
+
+    def end(self):
+        for process in self.processes:
+            process.stdin.close()
+        for process in self.processes:
+            process.wait(30)
+
+
+def _free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def measure(model, rounds):
+    """For each system the seconds of a step, round by round."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    one, two = [cores[0]], cores
+    systems = {
+        "1F1B": System("pipe:one_f_one_b", model, two),
+        "PipeDream": System("pipe:pipedream", model, two),
+        "stage 0 of 1F1B": System("stage:one_f_one_b,0", model, one),
+        "stage 1 of 1F1B": System("stage:one_f_one_b,1", model, one),
+        "stage 0 of PipeDream": System("stage:pipedream,0", model, one),
+        "stage 1 of PipeDream": System("stage:pipedream,1", model, one),
+        "one process, microbatches": System("single:8", model, one),
+        "one process, whole": System("single:1", model, one),
+    }
+    pairs = {
+        "two processes, microbatches": System("single:8", model, two[1:]),
+        "two processes, whole": System("single:1", model, two[1:]),
+    }
+    for system in (*systems.values(), *pairs.values()):
+        system.answers()  # it is ready
+    found = {name: [] for name in (*systems, *pairs)}
+    for _ in range(rounds):
+        for name, system in systems.items():
+            found[name].append(system.run(STEPS[model]))
+        for name, other in pairs.items():
+            first = systems[name.replace("two processes", "one process")]
+            found[name].append(_at_once(first, other, STEPS[model]))
+    for system in (*systems.values(), *pairs.values()):
+        system.end()
+    return found
+
+
+def _at_once(first, second, steps):
+    """Seconds of a minibatch where two systems take steps at once: each does half of them."""
+    for process in (*first.processes, *second.processes):
+        process.stdin.write(f"{steps}\n")
+        process.stdin.flush()
+    rates = [1 / s for system in (first, second) for s in system.answers()]
+    return 1 / sum(rates)
+
+
+def ratios(found):
+    """The goals: name, and for each round the ratio of the two times."""
+    seconds = {name: np.asarray(values) for name, values in found.items()}
+    for name, bubble in (("1F1B", 8 / 9), ("PipeDream", 1.0)):
+        stages = [seconds[f"stage {number} of {name}"] for number in (0, 1)]
+        own, pipe = np.maximum(*stages), seconds[name]
+        whole = "whole" if name == "PipeDream" else "microbatches"
+        independent = seconds[f"two processes, {whole}"]
+        yield f"{name}: slower stage's own operations / bubble over pipeline", own / bubble / pipe
+        yield (
+            f"{name}: two independent processes / bubble over pipeline",
+            independent / bubble / pipe,
+        )
+        yield f"{name}: one process over pipeline", seconds[f"one process, {whole}"] / pipe
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", choices=STEPS, nargs="*", default=list(STEPS))
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    for model in arguments.model:
+        found = measure(model, arguments.rounds)
+        print(f"\n{model}\n\n| | ms a minibatch | quartiles |\n|---|---:|---|")
+        for name, values in found.items():
+            low, middle, high = np.percentile(np.asarray(values) * 1e3, (25, 50, 75))
+            print(f"| {name} | {middle:.1f} | {low:.1f}-{high:.1f} |")
+        print("\n| ratio | median | quartiles |\n|---|---:|---|")
+        for name, values in ratios(found):
+            low, middle, high = np.percentile(values, (25, 50, 75))
+            print(f"| {name} | {middle:.2f} | {low:.2f}-{high:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

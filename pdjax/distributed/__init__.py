@@ -1,0 +1,13 @@
+"""Several processes, on one host or many, that run one pipeline.
+
+`initialize` brings them together, first among themselves and then in JAX, and watches over them: a
+process that is lost ends the others with a message that says which one it was, instead of leaving
+them to wait for ever.
+"""
+
+from pdjax.distributed.jax_client import make_room as make_room
+from pdjax.distributed.peers import Peers as Peers
+from pdjax.distributed.starting import current as current
+from pdjax.distributed.starting import initialize as initialize
+from pdjax.distributed.starting import is_needed as is_needed
+from pdjax.distributed.starting import shutdown as shutdown

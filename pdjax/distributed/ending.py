@@ -1,0 +1,141 @@
+"""How a process of a run ends: well, by its own failure, or because another is lost.
+
+Python tells nobody at exit whether the program succeeded, so an uncaught exception is noted by
+`sys.excepthook`, and the code of `sys.exit` by a wrapper around it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+from types import TracebackType
+
+from pdjax.distributed.peers import Peers
+from pdjax.distributed.signals import Signals
+
+_LAST_WORDS_S = 1.0
+_MAX_CHARACTERS = 300
+
+
+def say(message: str) -> None:
+    """Prints a message on standard error, from whatever thread, and does not wait long for that."""
+    # In a thread of its own: a pipe that nobody empties must not keep the process alive.
+    speaker = threading.Thread(target=_speak, args=(message,), daemon=True)
+    speaker.start()
+    speaker.join(_LAST_WORDS_S)
+
+
+def end_process(code: int = 1) -> None:
+    """Ends the process at once, from whatever thread.
+
+    The main thread may be blocked in a computation that waits for a lost process, and would never
+    run another line of Python.
+    """
+    os._exit(code)
+
+
+def _speak(message: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, f"{message}\n".encode(errors="replace"))
+    _tidy()
+
+
+def _tidy() -> None:
+    """The part of what Python does at exit that matters most."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    if "multiprocessing" in sys.modules:  # else there are no children
+        import multiprocessing
+
+        with contextlib.suppress(Exception):
+            for child in multiprocessing.active_children():
+                child.terminate()
+
+
+class EndOfProgram:
+    """Sees how the program ends, and tells the others.
+
+    Args:
+        peers: the other processes.
+        catch_sigterm: whether to end the program on SIGTERM, if it has no handler of its own.
+    """
+
+    def __init__(self, peers: Peers, catch_sigterm: bool) -> None:
+        self._peers = peers
+        self._signals = Signals(self._on_blocked, catch_sigterm)
+        self._code = 0
+        self._hook = sys.excepthook
+        self._exit = sys.exit
+
+    def watch(self) -> None:
+        """Starts to look; ends with the program or with `forget`."""
+        sys.excepthook = self._on_exception
+        sys.exit = self._on_exit
+        self._signals.catch()
+        # Registered after JAX's own, so it runs before that waits for the others.
+        atexit.register(self._at_exit)
+
+    def forget(self) -> None:
+        """Stops looking."""
+        atexit.unregister(self._at_exit)
+        self._signals.release()
+        # Whoever wrapped these in the meantime keeps what they wrapped.
+        if sys.excepthook == self._on_exception:
+            sys.excepthook = self._hook
+        if sys.exit == self._on_exit:
+            sys.exit = self._exit
+
+    def _on_blocked(self, name: str, code: int) -> None:
+        self._peers.leave(f"was ended by {name}")
+        say(f"error: ended by {name}, while the main thread was blocked.")
+        end_process(code)
+
+    def _on_exception(
+        self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            self._code = 128 + signal.SIGINT
+            self._peers.leave("was ended by SIGINT")
+        else:
+            self._code = 1
+            self._peers.fail(_describe(kind, error))
+        self._hook(kind, error, trace)
+
+    def _on_exit(self, status: object = None, /) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._code = _exit_code(status)
+        self._exit(status)  # pyright: ignore[reportArgumentType]
+
+    def _at_exit(self) -> None:
+        try:
+            if self._code == 0 and not self._peers.has_failed:
+                self._peers.close()
+                return
+            if self._code == 128 + signal.SIGTERM:
+                self._peers.leave("was ended by SIGTERM")
+            self._peers.fail(f"ended with exit code {self._code}")
+        except (KeyboardInterrupt, SystemExit):  # while it waited for the others
+            self._code = self._code or 128 + signal.SIGINT
+        # JAX would now wait for the others, which are gone.
+        logging.shutdown()
+        _tidy()
+        end_process(self._code or 1)
+
+
+def _exit_code(status: object) -> int:
+    if status is None:
+        return 0
+    return status & 0xFF if isinstance(status, int) else 1
+
+
+def _describe(kind: type[BaseException], error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if len(text) > _MAX_CHARACTERS:
+        text = f"{text[:_MAX_CHARACTERS]} …"
+    return f"{kind.__name__}: {text}" if text else kind.__name__

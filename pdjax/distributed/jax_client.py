@@ -1,0 +1,165 @@
+"""How JAX is told of other processes, and what is private in it and needed for that."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax._src import clusters, distributed, xla_bridge
+
+from pdjax.errors import PdjaxWarning
+
+_SHUTDOWN_TIMEOUT_S = 30
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What JAX is told of the processes.
+
+    Attributes:
+        coordinator: HOST:PORT at which this process reaches JAX's service.
+    """
+
+    coordinator: str
+    num_processes: int
+    process_id: int
+
+
+def detect(timeout_s: float) -> tuple[Joined, tuple[int, ...] | None] | None:
+    """What Slurm, Open MPI, Kubernetes or the TPU pod say of the processes; None if there is none.
+
+    Returns:
+        What JAX is to be told, and the devices of this host that this process uses (None for all).
+    """
+    found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        None, None, None, None, None, int(timeout_s)
+    )
+    coordinator, num_processes, process_id, ids = found
+    if coordinator is None or num_processes is None or process_id is None:
+        return None
+    return Joined(coordinator, num_processes, process_id), None if ids is None else tuple(ids)
+
+
+def num_processes_in_cluster() -> int:
+    """How many processes Slurm, Open MPI, Kubernetes or the TPU pod have started; else 1."""
+    for kind in clusters.ClusterEnv._cluster_types:
+        if kind.opt_in_only_method or not kind.is_env_present():
+            continue
+        try:
+            return kind.get_process_count()
+        except (KeyError, TypeError):
+            return 1  # Kubernetes, but not one of its jobs
+        except RuntimeError as error:
+            warnings.warn(
+                f"the cluster does not say how many processes there are: {error}\nThis one goes on "
+                "alone. Give coordinator, num_processes and process_id if there are others.",
+                PdjaxWarning,
+                stacklevel=3,
+            )
+            return 1
+    return 1
+
+
+def handles_sigterm() -> bool:
+    """Whether JAX was told of other processes by the program, and catches SIGTERM itself."""
+    return distributed.global_state.preemption_sync_manager is not None
+
+
+def has_started_backends() -> bool:
+    """Whether JAX was used already, so that it is too late to tell it of other processes."""
+    return xla_bridge.backends_are_initialized()
+
+
+def is_initialized() -> bool:
+    """Whether JAX has been told of other processes."""
+    return jax.distributed.is_initialized()
+
+
+def initialize(
+    joined: Joined,
+    local_device_ids: Sequence[int] | None,
+    bind_address: str | None,
+    timeout_s: float,
+) -> None:
+    """Tells JAX of the processes; starts its service in process 0.
+
+    Args:
+        joined: how this process takes part.
+        local_device_ids: the devices of this host that it uses; None for all.
+        bind_address: where the service listens; None for all addresses of the host.
+        timeout_s: seconds to wait for the others.
+
+    Raises:
+        Exception: whatever JAX raises if it cannot start.
+    """
+    make_room()
+    # JAX's answer to SIGTERM would be to note it and live on, until the program asks about it.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        joined.coordinator,
+        joined.num_processes,
+        joined.process_id,
+        local_device_ids,
+        cluster_detection_method="deactivate",
+        initialization_timeout=max(int(timeout_s), 1),
+        shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT_S,
+        coordinator_bind_address=bind_address,
+    )
+
+
+def make_room() -> None:
+    """Gives JAX's CPU client a thread for each device more than there are cores.
+
+    An all-reduce keeps a thread waiting for the other processes, for each device that takes part.
+    With none left, programs that the others wait for would not run. It must come before JAX is
+    first used, and after `jax_num_cpu_devices` is set.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    wanted = str((cores or 1) + max(jax.config.jax_num_cpu_devices, 1))
+    if os.environ.get("PJRT_NPROC", _Room.made) == _Room.made:
+        os.environ["PJRT_NPROC"] = _Room.made = wanted
+
+
+class _Room:
+    made = ""  # what `make_room` has written, to tell it from what a user has
+
+
+def shutdown() -> None:
+    """Waits until all processes do the same, and ends JAX's service."""
+    jax.distributed.shutdown()
+
+
+def joined() -> Joined:
+    """How this process was told to take part; `jax.distributed.initialize` was called."""
+    state = distributed.global_state
+    assert state.coordinator_address is not None
+    return Joined(state.coordinator_address, state.num_processes, state.process_id)
+
+
+def exchange(key: str, value: Any, timeout_s: float) -> list[Any]:
+    """Tells all processes a value, through JAX's own store; returns all, in order of process.
+
+    Raises:
+        TimeoutError: if one has not told its value in time.
+    """
+    client = distributed.global_state.client
+    assert client is not None
+    state = joined()
+    deadline = time.monotonic() + timeout_s
+    client.key_value_set(f"{key}/{state.process_id}", json.dumps(value))
+    values = []
+    for number in range(state.num_processes):
+        remaining_ms = max(int((deadline - time.monotonic()) * 1000), 1)
+        try:
+            values.append(
+                json.loads(client.blocking_key_value_get(f"{key}/{number}", remaining_ms))
+            )
+        except jax.errors.JaxRuntimeError as error:
+            raise TimeoutError(f"process {number} of {state.num_processes}") from error
+    return values

@@ -1,0 +1,128 @@
+"""The processes of a run, as one of them sees the others."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from pdjax.distributed.members import Member
+from pdjax.distributed.mesh import Mesh
+from pdjax.errors import ClusterError
+
+_FOLLOW_UP_S = 0.5
+
+
+class Peers:
+    """All processes of a run; made by `pdjax.distributed.initialize`.
+
+    While it stands, a process that is killed, fails, hangs or cannot be reached ends all others
+    within `lost_peer_timeout_s`, with a message on standard error and exit code 1. May be used from
+    several threads.
+
+    Attributes:
+        process_id: which process this is, from 0.
+        num_processes: how many there are.
+        hosts: for each process, the name of its host.
+        address: the IP address by which the others reach this process.
+        has_failed: whether this process has told the others that it ends before its time.
+    """
+
+    def __init__(self, members: Sequence[Member], own_id: int, mesh: Mesh) -> None:
+        self.process_id = own_id
+        self.num_processes = len(members)
+        self.hosts = tuple(member.host for member in members)
+        self.address = mesh.address
+        self.has_failed = False
+        self._mesh = mesh
+        self._standing = mesh.standings[own_id]
+        self._turn = 0
+        self._turns = threading.Lock()
+        self._closed = False
+        self._closing = threading.Lock()
+
+    def exchange(self, about: str, value: Any) -> list[Any]:
+        """Tells all processes a value; waits for theirs; returns all, in order of process.
+
+        The n-th call of each process meets the n-th of every other, so all must make the same calls
+        in the same order. It is a barrier.
+
+        Args:
+            about: what is exchanged, for messages; it must be the same everywhere.
+            value: anything that JSON has a form for; tuples come back as lists.
+
+        Raises:
+            ValueError: if JSON has no form for the value, or it is longer than 64 MiB.
+            ClusterError: if the processes are at different calls, or one of them has ended.
+        """
+        if self._closed:
+            raise ClusterError(f"cannot exchange {about!r}: this process has left the run.")
+        try:
+            plain = json.loads(json.dumps(value))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"cannot exchange {about!r}: expected what JSON has a form for, such as numbers, "
+                f"texts, lists and dictionaries with texts as keys ({error})."
+            ) from error
+        with self._turns:
+            turn = self._turn
+            message = {"kind": "value", "turn": turn, "about": about, "value": plain}
+            self._mesh.post(message)
+            self._turn += 1
+            self._mesh.exchanges.hear(self.process_id, message)
+            return self._mesh.exchanges.wait(turn, about)
+
+    def describe(self, stages: str) -> None:
+        """Says what this process runs, for the messages of the others if it is lost.
+
+        Args:
+            stages: such as "stage 1: block_2 … head".
+        """
+        self._standing.stages = stages
+        self._mesh.post({"kind": "stages", "stages": stages})
+
+    def completed(self, num_minibatches: int) -> None:
+        """Says how many minibatches this process has completed; costs next to nothing."""
+        self._standing.num_minibatches = num_minibatches
+
+    def fail(self, reason: str) -> None:
+        """Tells the others that this process ends before its time, so that they end, too.
+
+        If it is the loss of another process that made this one fail, the message about that one
+        ends this process here, as if `fail` had not been called.
+
+        Args:
+            reason: in words, such as "ValueError: the batch is empty".
+        """
+        self.leave(f"failed: {reason}", _FOLLOW_UP_S)
+
+    def leave(self, reason: str, follow_up_s: float = 0.0) -> None:
+        """As `fail`, in other words.
+
+        Args:
+            reason: in words that go on after the name of this process.
+            follow_up_s: seconds to wait for the loss of another process from which this may follow.
+        """
+        if self._closed or self._mesh.wait_for_end(follow_up_s):
+            return
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = self.has_failed = True
+        self._mesh.turn_deaf()
+        self._mesh.post({"kind": "failed", "reason": reason, **self._standing.known()})
+        self._mesh.stop()
+
+    def close(self) -> None:
+        """Says goodbye: this process has done its part; then waits until all others have, too.
+
+        A loss among those who still work ends this process, too, as long as it waits.
+        """
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+        self._mesh.post({"kind": "goodbye"})
+        self._mesh.wait_for_goodbyes()
+        self._mesh.stop()
