@@ -35,7 +35,7 @@ NAMES = {"data parallel": "data parallelism", "model parallel": "model paralleli
 
 
 def measured_on(command, path):
-    """What a command writes that profiles a model on one core, as slow as where cores are shared."""
+    """A profile that a command measures on one core, as slow as where cores are shared."""
     subprocess.run(["taskset", "-c", "0", *command, path], check=True)
     profile = load_profile(path)
     share = max(1, NUM_HOSTS / len(os.sched_getaffinity(0)))
