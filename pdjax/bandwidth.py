@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from pdjax.command import run_command
 from pdjax.links import ALONE_BYTES_PER_S, measure_between_processes, measure_pairs
 from pdjax.topology import Level, Topology, format_bytes
 
@@ -65,13 +65,7 @@ class BandwidthConfig:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code, 2 for arguments that make no sense."""
-    config = tyro.cli(BandwidthConfig, args=arguments, prog="python -m pdjax.bandwidth")
-    try:
-        measure(config, Console(highlight=False))
-    except ValueError as error:
-        Console(stderr=True, highlight=False).print(f"error: {error}", style="red", markup=False)
-        return 2
-    return 0
+    return run_command("pdjax.bandwidth", BandwidthConfig, measure, arguments, wraps=True)
 
 
 def measure(config: BandwidthConfig, console: Console) -> Topology:

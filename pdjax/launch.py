@@ -18,8 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Annotated, Any
 
 import tyro
-from rich.console import Console
 
+from pdjax.command import print_error
 from pdjax.config import LaunchConfig
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -42,8 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return launch(given[at + 1 :], config)
     except (ValueError, OSError) as error:
-        errors = Console(stderr=True, highlight=False)
-        errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        print_error(f"error: {error}")
         return 2
 
 
@@ -187,6 +186,7 @@ class Processes:
         self._send(signal.SIGKILL)  # to what they left behind
         for reader in self._readers:
             reader.join(self._grace_s + _POLL_S)  # longer: held open by what left its group
+        self._readers.clear()
         return self._code or 0
 
     def send(self, index: int, number: int) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tyro
 from rich.console import Console
 
 from pdjax.arguments import taking_key
+from pdjax.command import run_command
 from pdjax.config import PlanConfig, TrainConfig
 from pdjax.figures import save_plan
 from pdjax.graph import LayerGraph, build_graph
@@ -27,14 +27,7 @@ _BATCH_SIZE = 32
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 2 for arguments that make no sense."""
-    config = tyro.cli(PlanConfig, args=arguments, prog="python -m pdjax.plan")
-    try:
-        plan_model(config, Console(highlight=False, soft_wrap=True))
-    except (ValueError, OSError) as error:
-        errors = Console(stderr=True, highlight=False, soft_wrap=True)
-        errors.print(f"error: {error}", style="red", markup=False)
-        return 2
-    return 0
+    return run_command("pdjax.plan", PlanConfig, plan_model, arguments)
 
 
 def plan_model(config: PlanConfig, console: Console) -> Plan:

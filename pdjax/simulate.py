@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 from rich.text import Text
 
+from pdjax.command import run_command
 from pdjax.config import SimulateConfig
 from pdjax.memory_figures import save_memory
 from pdjax.planner import Plan
@@ -27,14 +27,7 @@ _FILES = ("comparison.txt", "timelines.png", "memory.png", "trace.json")
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 2 for arguments that make no sense."""
-    config = tyro.cli(SimulateConfig, args=arguments, prog="python -m pdjax.simulate")
-    try:
-        simulate_plan(config, Console(highlight=False, soft_wrap=True))
-    except (ValueError, OSError) as error:
-        errors = Console(stderr=True, highlight=False, soft_wrap=True)
-        errors.print(f"error: {error}", style="red", markup=False)
-        return 2
-    return 0
+    return run_command("pdjax.simulate", SimulateConfig, simulate_plan, arguments)
 
 
 def simulate_plan(config: SimulateConfig, console: Console) -> Comparison:

@@ -9,14 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-import tyro
 from rich.console import Console
 
 import pdjax
 from pdjax import data, distributed
 from pdjax.arguments import AUTO, choose_num_chunks, read_plan, read_schedule
+from pdjax.command import print_error, run_command
 from pdjax.config import TrainConfig
-from pdjax.distributed import Peers
 from pdjax.errors import ClusterError
 from pdjax.planner import Plan
 from pdjax.schedules import Schedule
@@ -27,7 +26,7 @@ from pdjax.training.outputs import RunDirectory, check_free, make_directory
 from pdjax.training.progress import TrainingProgress
 from pdjax.training.task import Task, make_task
 
-_NUM_DEVICES = 2
+_NUM_DEVICES = 2  # where nothing is said, and there are no more processes
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,28 +34,22 @@ def main(arguments: list[str] | None = None) -> int:
 
     0 for success, 1 for a run that failed, 2 for arguments that make no sense.
     """
-    config = tyro.cli(TrainConfig, args=arguments, prog="python -m pdjax.train")
-    errors = Console(stderr=True, highlight=False)
     try:
-        peers = _meet(config)
-        train(config, Console(highlight=False, quiet=peers is not None and peers.process_id > 0))
-    except (ValueError, OSError) as error:
-        errors.print(f"error: {error}", style="red", markup=False)
-        return 2
+        return run_command("pdjax.train", TrainConfig, _train_together, arguments, wraps=True)
     except (pdjax.BrokenPipelineError, pdjax.NonFiniteLossError, ClusterError) as error:
-        errors.print(f"training stopped: {error}", style="red", markup=False)
+        print_error(f"training stopped: {error}")
         return 1
-    return 0
 
 
-def _meet(config: TrainConfig) -> Peers | None:
-    """Brings this process together with the others, if there are several."""
+def _train_together(config: TrainConfig, console: Console) -> None:
+    """Brings this process together with the others, if there are several, and trains."""
     told = (config.coordinator, config.num_processes, config.process_id)
-    if told == (None, None, None) and not distributed.is_needed():
-        return None
-    return distributed.initialize(
-        *told, timeout_s=config.start_timeout_s, lost_peer_timeout_s=config.lost_peer_timeout_s
-    )
+    if told != (None, None, None) or distributed.is_needed():
+        peers = distributed.initialize(
+            *told, timeout_s=config.start_timeout_s, lost_peer_timeout_s=config.lost_peer_timeout_s
+        )
+        console.quiet = peers.process_id > 0
+    train(config, console)
 
 
 def train(config: TrainConfig, console: Console) -> dict[str, Any]:
@@ -70,26 +63,14 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     plan = read_plan(config.cuts or config.plan)
     schedule = read_schedule(config.schedule)
     chunks = choose_num_chunks(schedule, config.num_chunks)
-    num_stages = _num_stages(config, plan, schedule, chunks)
     peers = distributed.current()
-    num_devices = _num_devices(config, plan, schedule, chunks)
+    usual = max(_NUM_DEVICES, peers.num_processes if peers else 0)
+    num_stages = _num_stages(config, plan, schedule, usual * chunks)
+    num_devices = _num_devices(config, plan, schedule, usual, chunks)
     make_devices(-(-num_devices // peers.num_processes) if peers else num_devices)
     task = make_task(config)
     optimizer = optax.adam(_learning_rate(config))
-    pipe = pdjax.Pipeline(
-        task.loss_fn,
-        optimizer,
-        schedule=schedule,
-        num_stages=num_stages,
-        num_chunks=config.num_chunks,
-        allow_stale=config.allow_stale,
-        num_microbatches=config.num_microbatches,
-        plan=plan,
-        topology=config.topology,
-        eval_loss_fn=task.eval_loss_fn,
-        remat=config.remat,
-        nonfinite=config.nonfinite,
-    )
+    pipe = _make_pipeline(config, task, optimizer, schedule, plan, num_stages)
     _describe(console, config, task)
     batch = jax.tree.map(lambda leaf: np.stack([leaf] * config.batch_size), task.dataset.train[0])
     console.print("tracing, profiling and compiling …")
@@ -124,21 +105,45 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     return summary
 
 
-_Planned = Plan | tuple[str, ...] | str
+_Planned = Any  # a Plan, the names of layers, "auto" or "balanced"
+
+
+def _make_pipeline(
+    config: TrainConfig,
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    schedule: str | Schedule,
+    plan: _Planned,
+    num_stages: int | None,
+) -> pdjax.Pipeline:
+    return pdjax.Pipeline(
+        task.loss_fn,
+        optimizer,
+        schedule=schedule,
+        num_stages=num_stages,
+        num_chunks=config.num_chunks,
+        allow_stale=config.allow_stale,
+        num_microbatches=config.num_microbatches,
+        plan=plan,
+        topology=config.topology,
+        eval_loss_fn=task.eval_loss_fn,
+        remat=config.remat,
+        nonfinite=config.nonfinite,
+    )
 
 
 def _num_stages(
-    config: TrainConfig, plan: _Planned, schedule: str | Schedule, num_chunks: int
+    config: TrainConfig, plan: _Planned, schedule: str | Schedule, usual: int
 ) -> int | None:
     """How many stages are asked for; None if the plan or the schedule says it."""
     told = isinstance(plan, (Plan, tuple)) or isinstance(schedule, Schedule) or schedule == AUTO
     if told or config.num_stages is not None:
         return config.num_stages
-    return _NUM_DEVICES * num_chunks
+    return usual
 
 
 def _num_devices(
-    config: TrainConfig, plan: _Planned, schedule: str | Schedule, num_chunks: int
+    config: TrainConfig, plan: _Planned, schedule: str | Schedule, usual: int, num_chunks: int
 ) -> int:
     """How many devices the run takes."""
     if isinstance(schedule, Schedule):
@@ -150,7 +155,7 @@ def _num_devices(
         return -(-(len(plan) + 1) // num_chunks)
     if config.topology is not None:
         return Topology.parse(config.topology).num_workers
-    stages = config.num_stages or _NUM_DEVICES * num_chunks
+    stages = config.num_stages or usual * num_chunks
     return -(-stages // num_chunks)
 
 
@@ -220,6 +225,7 @@ def _summarise(
         "model": config.model,
         "schedule": pipe.schedule.name,
         "num_stages": pipe.plan.num_stages,
+        "replicas": list(pipe.schedule.replicas),
         "num_microbatches": pipe.schedule.num_microbatches,
         "batch_size": config.batch_size,
         "steps": config.steps,

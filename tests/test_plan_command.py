@@ -116,6 +116,35 @@ def test_a_plan_is_run_by_the_training_command(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize(
+    ("schedule", "topology", "replicas"),
+    [
+        ("pipedream", "3@1GB/s", [1, 2]),
+        ("one_f_one_b", "3@1GB/s", [3]),  # data parallelism
+        ("pipedream", "3@300kB/s", [1]),
+    ],
+)
+def test_a_plan_is_run_with_its_replicas(tmp_path, schedule, topology, replicas):
+    model = {"model": "mlp", "model_fields": SIZES["mlp"]}
+    plan = tmp_path / "plan.json"
+    count = 1 if schedule == "pipedream" else 4
+    options = {"schedule": schedule, "num_microbatches": count}
+    run(**model, **options, rates="cpu", batch_size=8, topology=topology, output=plan)
+    config = TrainConfig(
+        **model,
+        **options,
+        plan=str(plan),
+        steps=7,
+        batch_size=8 * count,
+        eval_examples=8,
+        output=tmp_path / "run",
+        single_device=False,
+    )
+    summary = train(config, Console(file=io.StringIO(), width=200))
+    assert summary["replicas"] == replicas
+    assert summary["eval_loss"] > 0
+
+
 def test_the_training_command_plans_for_a_topology(tmp_path):
     config = TrainConfig(
         model="mlp",

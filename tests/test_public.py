@@ -47,6 +47,7 @@ WITHOUT_JAX = [
     "pdjax.distributed",
     "pdjax.distributed.mesh",
     "pdjax.distributed.rendezvous",
+    "pdjax.launch",
 ]
 
 

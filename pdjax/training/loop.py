@@ -19,7 +19,7 @@ from pdjax.training.progress import TrainingProgress
 from pdjax.training.task import Task
 
 _ROUNDS = 5  # turns in which pipeline and single device are measured alternately
-_RECORDED = 3  # steps at the end that the timeline shows, and a few more under PipeDream
+_RECORDED = 3  # cycles at the end that the timeline shows, and a few more under PipeDream
 
 
 @dataclass
@@ -112,12 +112,12 @@ class TrainingLoop:
 
     def record(self, state: pdjax.PipelineState) -> pdjax.PipelineState:
         """Takes a few more steps to see when every program runs; the last ones are shown."""
-        warm_up = self._pipe.schedule.lag
-        for _ in range(warm_up + 1):
+        schedule = self._pipe.schedule
+        for _ in range((schedule.lag + 1) * schedule.num_minibatches):
             state, _ = self._pipe.step(state, next(self._batches))
         self._pipe.params(state)
         with self._pipe.record(state):
-            for _ in range(_RECORDED + warm_up):
+            for _ in range((schedule.lag + _RECORDED) * schedule.num_minibatches):
                 state, _ = self._pipe.step(state, next(self._batches))
         return self._pipe.drain(state)
 
