@@ -10,16 +10,19 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import trainings
 
 import pdjax
 from pdjax import joint_topology
+from pdjax.runtime.holdings import Holdings
+from pdjax.runtime.places import Places
 from pdjax.topology import Level
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -161,3 +164,21 @@ def test_topology_of_several_processes(owners, memory, expected, monkeypatch):
     devices = [SimpleNamespace(process_index=owner) for owner in owners]
     peers: Any = Both()
     assert str(joint_topology.joint_topology(devices, peers)) == expected
+
+
+def test_what_is_sent_to_be_evaluated_is_a_copy():
+    """A step may donate what is held before it has arrived."""
+
+    class Elsewhere:
+        here = (True, False)
+
+        def move(self, values, shapes, source, target):
+            self.moved = [value.unsafe_buffer_pointer() for value in values]
+            assert (shapes, source, target) == (["shape"], 0, 1)
+
+    held, transport = jnp.arange(3.0), Elsewhere()
+    places, run = Places((0, 1), (0, 1)), SimpleNamespace(stages=[None, None])
+    given: Any = places, [(0,)], ["shape"], lambda *_: held, transport
+    assert Holdings(*given).at(cast(Any, run), 0, 1) is None
+    assert transport.moved != [held.unsafe_buffer_pointer()]
+    assert not held.is_deleted()

@@ -55,7 +55,7 @@ class Training:
     options: dict[str, Any] = field(default_factory=dict)
     order: tuple[int, ...] | None = None
     slow: int | None = None
-    evaluated_in: Sequence[int] = (2,)
+    evaluated_in: Sequence[int] = ()
     exact: bool = True
 
     def batches(self, case: zoo.Case) -> list[Any]:
@@ -98,14 +98,15 @@ def run(training: Training) -> Found:
                 state, metrics = pipe.step(state, jax.tree.map(_shape_unless, reads, batch))
             compiled.append(names)
             found |= _named(f"step {index}", metrics)
-    found |= _named("undrained", pipe.params(state))  # and at once the steps that change these
+    # What is read here the steps that follow at once reuse the memory of.
+    found |= _named("undrained", pipe.params(state))
+    for count in training.evaluated_in:
+        metrics = pipe.evaluate(state, case.make_batch(2 * count, 99), num_microbatches=count)
+        found |= _named(f"evaluated in {count}", metrics)
     for batch in batches[:2]:
         state, metrics = pipe.step(state, batch)
     found |= _named("last step", metrics)
     state = pipe.drain(state)
-    for count in training.evaluated_in:
-        metrics = pipe.evaluate(state, case.make_batch(2 * count, 99), num_microbatches=count)
-        found |= _named(f"evaluated in {count}", metrics)
     found |= _named("params", pipe.params(state))
     found |= _named("state", pipe.model_state(state))
     spans = [(s.worker, ord(s.kind[0]), s.stage, s.microbatch) for s in pipe.timeline().spans]
@@ -340,15 +341,22 @@ def _of(**trainings: Training) -> dict[str, Training]:
 
 TWO = _of(
     pipedream=Training(
-        schedules.pipedream(2), dense, sizes=(2,) * 7, drains=(4,), evaluated_in=(1, 3)
+        schedules.pipedream(2), dense, sizes=(2,) * 7, drains=(4,), evaluated_in=(2,)
     ),
     vertical_sync=Training(
         schedules.pipedream(2), dense, sizes=(2,) * 5, options={"weight_rule": VERTICAL_SYNC}
     ),
-    one_stage=Training(schedules.one_f_one_b(1, 2), dense, CLIPPED, sizes=(2, 2)),
+    one_stage=Training(
+        schedules.one_f_one_b(1, 2), dense, CLIPPED, sizes=(2, 2), evaluated_in=(2,)
+    ),
     double_buffer=Training(schedules.pipedream_2bw(2, 2), dense, sizes=(2,) * 5, drains=(3,)),
     one_f_one_b=Training(
-        schedules.one_f_one_b(2, 3), tied, CLIPPED, sizes=(2, 4, 2), options=WEIGHTED
+        schedules.one_f_one_b(2, 3),
+        tied,
+        CLIPPED,
+        sizes=(2, 4, 2),
+        options=WEIGHTED,
+        evaluated_in=(1, 3),
     ),
     gpipe=Training(schedules.gpipe(2, 2), normed, options={"state_update": "minibatch"}),
     interleaved=Training(schedules.interleaved(4, 2), dense, sizes=(2, 2)),
@@ -363,6 +371,7 @@ FOUR = _of(
         knotted,
         sizes=(2, 2, 4, 2, 4, 4, 2),
         options={**WEIGHTED, "eval_loss_fn": lambda *given: tied().loss_fn(*given)},
+        evaluated_in=(2,),
         slow=2,
     ),
     replicas=Training(
@@ -390,6 +399,7 @@ MIXED = _of(
         CLIPPED,
         options=WEIGHTED,
         order=(0, 2, 3, 1),
+        evaluated_in=(2,),
     ),
     replicas_amid=Training(
         schedules.pipedream(3, replicas=(1, 2, 1)), dense, sizes=(2,) * 5, order=(2, 1, 3, 0)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from pdjax import jaxprs, schedules
@@ -15,7 +12,7 @@ from pdjax.differentiate import forward_only
 from pdjax.jaxprs import Var
 from pdjax.runtime.intake import Intake, Slicing
 from pdjax.runtime.placed import Values, placed
-from pdjax.runtime.results import Merge, mean_of_results
+from pdjax.runtime.results import Results
 from pdjax.runtime.stage import OutputIndex
 from pdjax.runtime.transport import Transport
 from pdjax.split import StageSplit
@@ -80,25 +77,7 @@ class Evaluation:
             self._indices.append(index)
             self._runs.append(placed(run, placements[at]))
             self._picked.append(picked)
-        self._weighted = split.traced.weight is not None
-        self._constants = {
-            at: jnp.asarray(atom.val, jaxprs.aval(atom).dtype)
-            for at, atom in enumerate(split.results)
-            if not isinstance(atom, Var)
-        }
-        self._combine = mean_of_results(
-            slicing.num_microbatches,
-            self._weighted,
-            self._merges(metric_axes),
-            placements[where[-1]],
-        )
-
-    def _merges(self, metric_axes: Sequence[int | None]) -> list[Merge]:
-        merges: list[Merge] = ["combine" if axis is None else axis for axis in metric_axes]
-        for at in self._constants:  # the first result, the loss, is none
-            if at > self._weighted:
-                merges[at - 1 - self._weighted] = "same"
-        return merges
+        self._results = Results(split, slicing.num_microbatches, metric_axes, placements[where[-1]])
 
     def run(
         self,
@@ -123,7 +102,7 @@ class Evaluation:
         ]
         count = self._slicing.num_microbatches
         received: list[list[dict[Var, Any]]] = [[{} for _ in range(count)] for _ in self._where]
-        results: list[dict[int, Any]] = [dict(self._constants) for _ in range(count)]
+        results: list[dict[int, Any]] = [{} for _ in range(count)]
         for _, at, microbatch in self._order:
             stage, outputs = self.split.stages[at], None
             if self._here[at]:
@@ -166,18 +145,8 @@ class Evaluation:
         if moved is not None:
             results.update(zip(stage.outputs, moved, strict=True))
 
-    @cached_property
-    def _combined_shapes(self) -> Any:
-        results = tuple(map(jaxprs.shape_of, self.split.results))
-        return jax.eval_shape(self._combine, [results] * self._slicing.num_microbatches)
-
     def _collect(self, results: Sequence[dict[int, Any]]) -> tuple[Any, Values]:
         """The loss and the metrics of the batch, in every process."""
-        shapes, tree = jax.tree.flatten(self._combined_shapes)
-        made = None
-        if self._here[-1]:
-            ordered = [tuple(each[at] for at in sorted(each)) for each in results]
-            made = jax.tree.leaves(self._combine(ordered))
-        found = self._transport.broadcast(made, shapes, self._where[-1])
-        loss, _, metrics = jax.tree.unflatten(tree, found)
-        return loss, metrics
+        made = self._results.of_minibatch(results) if self._here[-1] else None
+        found = self._transport.broadcast(made, self._results.shapes, self._where[-1])
+        return found[0], tuple(found[1 + self._results.weighted :])

@@ -146,7 +146,7 @@ class Executor:
             self._update(step, place, microbatch)
         elif kind in ("B", "I"):
             self._return(run, stash.pop(microbatch).passes, place, microbatch, None)
-        elif kind != "W":
+        else:
             self._deliver(step, place, microbatch, None, None)
             if kind == "F":  # its backward pass may come in another step
                 stash[microbatch] = Kept(step.passes, 0, None, Given(), ())
@@ -448,19 +448,11 @@ class Executor:
 
     def _collect(self, step: Step) -> tuple[Any, Any, Values]:
         """The results of the minibatch, from those of its microbatches."""
-        passes, combined = step.passes, None
+        results, combined = step.passes.results, None
         if self._here[self._collector]:
-            made = []
-            for microbatch in sorted(step.made):
-                results = {**passes.constants, **step.made[microbatch]}
-                made.append(tuple(results[at] for at in range(passes.num_results)))
-            if len(made) == 1 and not passes.weighted:
-                combined = made[0]
-            else:
-                loss, weight, metrics = passes.combine(made)
-                combined = (loss, *((weight,) if passes.weighted else ()), *metrics)
-        found = self._transport.broadcast(combined, passes.combined_shapes, self._collector)
-        if not passes.weighted:
+            combined = results.of_minibatch([step.made[at] for at in sorted(step.made)])
+        found = self._transport.broadcast(combined, results.shapes, self._collector)
+        if not results.weighted:
             return found[0], None, tuple(found[1:])
         step.run.divisors[step.first] = found[1]
         return found[0], found[1], tuple(found[2:])
@@ -472,7 +464,7 @@ class Executor:
         """
         start, size, m = step.run.start, self._sizes[place], self.schedule.num_microbatches
         first = microbatch - (microbatch - start) % size
-        weighted = step.run.passes is not None and step.run.passes.weighted
+        weighted = step.run.passes is not None and step.run.passes.results.weighted
         if not weighted:
             return self._counts[place][microbatch + 1 - first]
         minibatches = range(first // m * m, microbatch + 1, m)

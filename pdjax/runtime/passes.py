@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from pdjax import jaxprs
@@ -17,7 +15,7 @@ from pdjax.jaxprs import Var
 from pdjax.runtime.intake import Slicing
 from pdjax.runtime.placed import Values
 from pdjax.runtime.places import Places
-from pdjax.runtime.results import Merge, mean_of_results
+from pdjax.runtime.results import Results
 from pdjax.runtime.stage import StageRunner
 from pdjax.runtime.update import UpdateRunner
 from pdjax.schedules import Action, Schedule
@@ -107,9 +105,7 @@ class Passes:
         held_bytes: for each place what it keeps between input part and weight part.
         consts: for each place the closed-over arrays that it reads, in place.
         slicing: how minibatches divide into microbatches.
-        num_results: number of the loss function's results (loss, weight, metrics).
-        constants: those of the results that are known beforehand, by position.
-        combine: makes a minibatch's results out of those of its microbatches.
+        results: puts a minibatch's loss and metrics together.
     """
 
     def __init__(
@@ -126,6 +122,7 @@ class Passes:
         here: Sequence[bool],
     ) -> None:
         self.split = split
+        self.results = Results(split, slicing.num_microbatches, metric_axes, placements[-1])
         self._here = here
         self.places = places = Places.of(schedule)
         programs = differentiate(split, remat)
@@ -151,19 +148,6 @@ class Passes:
         )
         self.consts = consts
         self.slicing = slicing
-        self.num_results = len(split.results)
-        self.constants = {
-            at: jnp.asarray(atom.val, jaxprs.aval(atom).dtype)
-            for at, atom in enumerate(split.results)
-            if not isinstance(atom, Var)
-        }
-        merges: list[Merge] = ["combine" if axis is None else axis for axis in metric_axes]
-        for at in self.constants:  # the first result, the loss, is none
-            if at > self.weighted:
-                merges[at - 1 - self.weighted] = "same"
-        self.combine = mean_of_results(
-            slicing.num_microbatches, self.weighted, merges, placements[-1]
-        )
 
     def _longest_fusions(
         self, schedule: Schedule, rule: WeightRule, updates: Sequence[UpdateRunner]
@@ -179,7 +163,7 @@ class Passes:
             stage, worker = self.places.stage_of[place], self.places.worker_of[place]
             if self.routes[stage].num_waits:
                 return ""
-            alone = updates[place].num_phases == 1 and not self.weighted
+            alone = updates[place].num_phases == 1 and not self.results.weighted
             alone = alone and rule.forward == "newest" and self.places.replicas[stage] == 1
             if alone and _always_follow(schedule.workers[worker], stage, "FBU"):
                 return "FBU"
@@ -191,6 +175,8 @@ class Passes:
         """Whether this process runs an instruction, or gets something of it."""
         if self._here[place]:
             return True
+        if kind == "W":
+            return False
         stage = self.places.stage_of[place]
         if kind == "U" and updates[place].num_phases > 1:
             return True
@@ -199,21 +185,6 @@ class Passes:
         if routes.results and kind != "U":
             getting.append(len(self.routes) - 1)
         return any(self._here[at] for other in getting for at in self.places.of_stage(other))
-
-    @property
-    def weighted(self) -> bool:
-        """Whether the loss has a weight."""
-        return self.split.traced.weight is not None
-
-    @cached_property
-    def combined_shapes(self) -> Values:
-        """The shapes of a minibatch's results: loss, weight if there is one, metrics."""
-        shapes = tuple(map(jaxprs.shape_of, self.split.results))
-        if self.slicing.num_microbatches == 1 and not self.weighted:
-            return shapes
-        made = [shapes] * self.slicing.num_microbatches
-        loss, weight, metrics = jax.eval_shape(self.combine, made)
-        return (loss, *((weight,) if self.weighted else ()), *metrics)
 
     def lowerings(self, key: Any) -> Iterator[Callable[[], Any]]:
         """For each program that a step runs, a function that lowers it.

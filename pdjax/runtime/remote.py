@@ -41,28 +41,28 @@ class TransferTransport:
         self.here = tuple(owner == peers.process_id for owner in owners)
         # Beside the places every process has an end of its own, for what all processes get.
         self._owners = (*owners, *range(peers.num_processes))
+        if len(self._owners) > 2**_ENDPOINT_BITS:
+            raise ValueError(
+                f"{len(owners)} workers in {peers.num_processes} processes; there may be "
+                f"{2**_ENDPOINT_BITS} together."
+            )
         own = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         self._shardings = (*placements, *[own] * peers.num_processes)
         self._peers = peers
-        self._process = peers.process_id
-        self._end = len(owners)
+        self._first_end = len(owners)
         self._counts: Counter[tuple[int, int]] = Counter()
         # All processes make their transports in the same order.
         self._run = next(_runs) % 2 ** (63 - _COUNT_BITS - 2 * _ENDPOINT_BITS)
         self._server = _server(peers.address)
         self._addresses = peers.exchange("address for transfers", self._server.address())
         self._connections: dict[int, Any] = {}
-        if len(self._owners) >= 2**_ENDPOINT_BITS:
-            raise ValueError(
-                f"{len(owners)} workers in {peers.num_processes} processes; there may be "
-                f"{2**_ENDPOINT_BITS} together."
-            )
 
     def move(
         self, values: Sequence[jax.Array] | None, shapes: Sequence[Any], source: int, target: int
     ) -> Sequence[jax.Array] | None:
         """As `Transport.move`."""
-        here, there = (self._owners[end] == self._process for end in (source, target))
+        own = self._peers.process_id
+        here, there = (self._owners[end] == own for end in (source, target))
         if here == there:  # nothing crosses processes, or between others
             return values
         number = self._counts[source, target]
@@ -80,8 +80,8 @@ class TransferTransport:
     ) -> Sequence[jax.Array]:
         """As `Transport.broadcast`."""
         found = values
-        for process in range(len(self._owners) - self._end):
-            moved = self.move(values, shapes, source, self._end + process)
+        for end in range(self._first_end, len(self._owners)):
+            moved = self.move(values, shapes, source, end)
             found = moved if found is None else found
         assert found is not None
         return found
@@ -91,6 +91,7 @@ class TransferTransport:
         self._peers.exchange("everybody has what was sent", None)
 
     def _name(self, source: int, target: int, number: int) -> int:
+        """What nothing else on its way has the same of: run, ends and number in 63 bits."""
         name = self._run
         for part in (source, target):
             name = name << _ENDPOINT_BITS | part
@@ -112,7 +113,8 @@ class TransferTransport:
 def _server(address: str) -> Any:
     """The server of this process; there is one for all pipelines."""
     client = jax.local_devices()[0].client
-    return transfer.start_transfer_server(client, f"{address}:0", [f"{address}:0"])
+    host = f"[{address}]:0" if ":" in address else f"{address}:0"
+    return transfer.start_transfer_server(client, host, [host])
 
 
 def _empty(shape: jax.ShapeDtypeStruct) -> jax.Array:

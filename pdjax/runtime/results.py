@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from pdjax.runtime.placed import Values
+from pdjax import jaxprs
+from pdjax.jaxprs import Var
+from pdjax.runtime.placed import Values, placed
+from pdjax.split import StageSplit
 from pdjax.trees import is_key
 
 Merge = int | Literal["combine", "same"]
@@ -17,35 +21,88 @@ Merge = int | Literal["combine", "same"]
 a sum, or all the same."""
 
 
-def mean_of_results(
-    num_microbatches: int,
-    weighted: bool,
-    merges: Sequence[Merge],
-    placement: Sharding,
-) -> Any:
-    """The function that makes a minibatch's results out of its microbatches'.
+class Results:
+    """Puts together what a loss function returns: the loss, its weight if it has one, the metrics.
 
-    It takes a tuple of results (loss, weight if `weighted`, metrics) for each microbatch and
-    returns ``(loss, weight, metrics)``. Metrics that are to be combined are averaged (by weight),
-    but integers summed; of random keys the last one is taken.
+    Metrics that are to be combined are averaged (by weight), but integers summed; of random keys
+    the last one is taken.
+
+    Args:
+        split: the loss function, cut into stages.
+        num_microbatches: microbatches in a minibatch.
+        metric_axes: the axes along which metrics are concatenated; None for those to be combined.
+        placement: where the results of all stages are brought together.
+
+    Attributes:
+        weighted: whether the loss has a weight.
     """
 
-    def combine(results: Sequence[Values]) -> tuple[Any, Any, Values]:
+    def __init__(
+        self,
+        split: StageSplit,
+        num_microbatches: int,
+        metric_axes: Sequence[int | None],
+        placement: Sharding,
+    ) -> None:
+        self.weighted = split.traced.weight is not None
+        self._made = split.results
+        self._num_microbatches = num_microbatches
+        self._placement = placement
+        metrics = split.results[1 + self.weighted :]
+        self._merges: list[Merge] = [
+            "same" if not isinstance(atom, Var) else "combine" if axis is None else axis
+            for atom, axis in zip(metrics, metric_axes, strict=True)
+        ]
+        self._combine = placed(self._combined, placement)
+
+    def of_minibatch(self, microbatches: Sequence[Mapping[int, Any]]) -> Values:
+        """The results of a minibatch.
+
+        Args:
+            microbatches: for each microbatch what stages made of its results, by position.
+        """
+        everything = range(len(self._made))
+        whole = [self._constants | dict(made) for made in microbatches]
+        results = [tuple(each[at] for at in everything) for each in whole]
+        return results[0] if self._are_those_of_one else self._combine(results)
+
+    @cached_property
+    def shapes(self) -> Values:
+        """Their shapes."""
+        shapes = tuple(map(jaxprs.shape_of, self._made))
+        if self._are_those_of_one:
+            return shapes
+        return jax.eval_shape(self._combined, [shapes] * self._num_microbatches)
+
+    @property
+    def _are_those_of_one(self) -> bool:
+        """Whether nothing has to be put together."""
+        return self._num_microbatches == 1 and not self.weighted
+
+    @cached_property
+    def _constants(self) -> dict[int, Any]:
+        """The results that are known beforehand."""
+        return {
+            at: jax.device_put(jnp.asarray(atom.val, jaxprs.aval(atom).dtype), self._placement)
+            for at, atom in enumerate(self._made)
+            if not isinstance(atom, Var)
+        }
+
+    def _combined(self, results: Sequence[Values]) -> Values:
         losses = jnp.stack([result[0] for result in results])
-        if weighted:
+        if self.weighted:
             weights = jnp.stack([result[1] for result in results])
         else:
-            weights = jnp.ones(num_microbatches, jnp.promote_types(losses.dtype, jnp.float32))
+            wide = jnp.promote_types(losses.dtype, jnp.float32)
+            weights = jnp.ones(self._num_microbatches, wide)
         total = weights.sum()
-        loss = (losses if weighted else losses * weights).sum() / total
-        columns = zip(*(result[1 + weighted :] for result in results), strict=True)
-        metrics = tuple(
+        loss = (losses if self.weighted else losses * weights).sum() / total
+        columns = zip(*(result[1 + self.weighted :] for result in results), strict=True)
+        metrics = (
             _merge(column, how, weights / total)
-            for column, how in zip(columns, merges, strict=True)
+            for column, how in zip(columns, self._merges, strict=True)
         )
-        return loss.astype(losses.dtype), total, metrics
-
-    return jax.jit(combine, in_shardings=placement, out_shardings=placement)
+        return loss.astype(losses.dtype), *([total] if self.weighted else []), *metrics
 
 
 def _merge(parts: Sequence[Any], how: Merge, shares: Any) -> Any:
