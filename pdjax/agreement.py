@@ -4,68 +4,75 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from pdjax import jaxprs
 from pdjax.batches import BatchSpec
 from pdjax.distributed import Peers
-from pdjax.graph import LayerGraph, model_fingerprint
+from pdjax.graph import LayerGraph
 from pdjax.planner import Plan
 from pdjax.schedules import Schedule
 from pdjax.settings import Settings
-from pdjax.trees import is_key, leaf_names
+from pdjax.trees import is_function, is_key, leaf_names, shape_of, shapes_of
 
 _SAMPLED = 4096  # elements of a leaf that are compared
+_SHOWN = 100  # characters up to which a fact is shown as it is
 
 
 def facts(
-    settings: Settings, graph: LayerGraph, params: Any, key: Any, spec: BatchSpec
+    settings: Settings, graph: LayerGraph, key: Any, spec: BatchSpec, params: Any, model_state: Any
 ) -> dict[str, str]:
-    """What processes must have in common, by name.
+    """What processes must have in common, by name; what explains other differences comes first.
 
     Args:
         settings: what the user asked for.
-        graph: the traced loss function.
-        params: the parameters, or their shapes.
+        graph: the loss function, traced for a microbatch.
         key: the base random key.
         spec: what a minibatch looks like.
+        params: the parameters, or the function that makes them.
+        model_state: the mutable state, or the function that makes it.
     """
     plan, schedule = settings.plan, settings.schedule
     found = {
-        "the loss function": model_fingerprint(graph),
-        "the batch": str(spec),
-        "the schedule": schedule if isinstance(schedule, str) else f"{schedule}",
-        "the plan": plan.to_json() if isinstance(plan, Plan) else str(plan),
-        "the random key": _digest(np.asarray(jax.random.key_data(key) if is_key(key) else key)),
-        "the optimizer": _digest_of_optimizer(settings, params),
-        "the number of microbatches": str(settings.num_microbatches),
-        "the weight rule": str(settings.weight_rule),
-        "remat": str(settings.remat),
         "the devices": str([next(iter(p.device_set)).id for p in settings.placements]),
+        "the schedule": schedule.to_json() if isinstance(schedule, Schedule) else schedule,
+        "the plan": plan.to_json() if isinstance(plan, Plan) else str(plan),
+        "num_stages": str(settings.num_stages),
+        "num_chunks": str(settings.num_chunks),
+        "num_microbatches": str(settings.num_microbatches),
         "straight": str(settings.straight),
+        "the weight rule": str(settings.weight_rule),
+        "weighted_loss": str(settings.weighted_loss),
         "state_update": settings.state_update,
-        "num_stages, num_chunks": f"{settings.num_stages}, {settings.num_chunks}",
+        "remat": str(settings.remat),
     }
-    if isinstance(schedule, Schedule):
-        found["the schedule"] = schedule.to_json()
-    for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True):
-        found[f"the parameter {name!r}"] = _digest_of_leaf(leaf)
-    return {name: re.sub(r" at 0x[0-9a-f]+", "", text) for name, text in found.items()}
+    for name, shape, axis in zip(spec.names, spec.shapes, spec.axes, strict=True):
+        found[f"the batch leaf {name!r}"] = f"{_text_of_shape(shape)}, batch axis {axis}"
+    found["the random key"] = _text_of_leaf(key)
+    found |= _facts_of_tree("parameters", "parameter", params)
+    found |= _facts_of_tree("model_state", "model_state leaf", model_state)
+    program = graph.traced.program
+    found["the loss function"] = f"digest {jaxprs.fingerprint(program.equations)}"
+    found["what the loss function closes over"] = str(list(map(_text_of_leaf, program.consts)))
+    found["the optimizer"] = _digest(" ".join(_texts_of_optimizer(settings, shapes_of(params))))
+    return {name: _without_addresses(text) for name, text in found.items()}
 
 
 def check_agreement(peers: Peers, mine: dict[str, str]) -> None:
     """Compares with what the other processes were given.
 
     Raises:
-        ValueError: if something differs; in every process, with the first difference by name.
+        ValueError: if something differs; in every process, with one difference by name: something
+            that only one of them has, or else the first.
     """
-    digests = {name: text if len(text) < 100 else _digest(text) for name, text in mine.items()}
-    said: Sequence[dict[str, str]] = peers.exchange("what is trained", digests)
+    short = {name: text if len(text) <= _SHOWN else _digest(text) for name, text in mine.items()}
+    said: Sequence[dict[str, str]] = peers.exchange("what is trained", short)
     for process, theirs in enumerate(said):
-        for name in [*said[0], *(name for name in theirs if name not in said[0])]:
+        for name in _names(said[0], theirs):
             first, other = said[0].get(name, "nothing"), theirs.get(name, "nothing")
             if first != other:
                 raise ValueError(
@@ -75,23 +82,49 @@ def check_agreement(peers: Peers, mine: dict[str, str]) -> None:
                 )
 
 
-def _digest(about: str | np.ndarray) -> str:
-    content = about.encode() if isinstance(about, str) else np.ascontiguousarray(about).tobytes()
-    return hashlib.sha256(content).hexdigest()[:12]
+def _names(mine: dict[str, str], theirs: dict[str, str]) -> list[str]:
+    """All names; those that only one has come first, because they explain the most."""
+    common = mine.keys() & theirs.keys()
+    return sorted({**mine, **theirs}, key=lambda name: name in common)
 
 
-def _digest_of_leaf(leaf: Any) -> str:
+def _facts_of_tree(all_of_it: str, leaf_of_it: str, given: Any) -> dict[str, str]:
+    if is_function(given):
+        return {f"the function that makes the {all_of_it}": _digest(_text_of_function(given))}
+    pairs = zip(leaf_names(given), jax.tree.leaves(given), strict=True)
+    return {f"the {leaf_of_it} {name!r}": _text_of_leaf(leaf) for name, leaf in pairs}
+
+
+def _text_of_leaf(leaf: Any) -> str:
     """Of a sample of the elements, so that large models start quickly."""
-    shape = f"{leaf.dtype}{list(leaf.shape)}"
-    if isinstance(leaf, jax.ShapeDtypeStruct) or is_key(leaf):
-        return shape
-    flat = leaf.reshape(-1)
+    shape = shape_of(leaf)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return _text_of_shape(shape)
+    flat = np.asarray(jax.random.key_data(leaf) if is_key(shape) else leaf).reshape(-1)
     step = max(1, flat.size // _SAMPLED)
-    return f"{shape}, digest {_digest(np.asarray(flat[::step]))}"
+    return f"{_text_of_shape(shape)}, {_digest(flat[::step].tobytes())}"
 
 
-def _digest_of_optimizer(settings: Settings, params: Any) -> str:
-    shapes = jax.eval_shape(lambda: params)
-    state = jax.eval_shape(settings.optimizer.init, shapes)
-    update = jax.make_jaxpr(settings.optimizer.update)(shapes, state, shapes)
-    return _digest(re.sub(r" at 0x[0-9a-f]+", "", f"{update}"))
+def _text_of_shape(shape: jax.ShapeDtypeStruct) -> str:
+    return f"{shape.dtype}{list(shape.shape)}"
+
+
+def _texts_of_optimizer(settings: Settings, params: Any) -> Iterator[str]:
+    optimizer = settings.optimizer
+    state = jax.eval_shape(optimizer.init, params)
+    yield _text_of_function(optimizer.init, params)
+    yield _text_of_function(optimizer.update, params, state, params)
+
+
+def _text_of_function(function: Callable[..., Any], *shapes: Any) -> str:
+    traced = jax.make_jaxpr(function)(*shapes)
+    return _without_addresses(f"{traced} {list(map(_text_of_leaf, traced.consts))}")
+
+
+def _without_addresses(text: str) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
+
+
+def _digest(about: str | bytes) -> str:
+    content = about.encode() if isinstance(about, str) else about
+    return f"digest {hashlib.sha256(content).hexdigest()[:12]}"

@@ -117,11 +117,13 @@ def measured_profile(graph: LayerGraph, device: Any, batch_size: int, batch: Any
 
     Args:
         graph: the model, traced for one microbatch.
-        device: where to measure.
+        device: where to measure; a local device in the place of one of another process.
         batch_size: examples in a microbatch.
         batch: a microbatch, for the measurement; None to make one up.
     """
     traced = graph.traced
+    if device.process_index != jax.process_index():
+        device = jax.local_devices()[0]
     key = _key(
         "profile",
         FORMAT,

@@ -18,10 +18,12 @@ from pdjax.choose_schedule import choose_schedule
 from pdjax.differentiate import Remat
 from pdjax.distributed import Peers
 from pdjax.graph import LayerGraph, build_graph
+from pdjax.joint_topology import joint_topology
 from pdjax.planner import Plan
 from pdjax.schedules import Schedule
 from pdjax.settings import Settings, make_schedule, place_stages
 from pdjax.simulator import Comparison
+from pdjax.topology import Topology
 from pdjax.weights import WeightRule
 
 
@@ -88,13 +90,16 @@ class Decision:
     comparison: Comparison | None
 
 
-def decide(settings: Settings, example: Example, params: Any, peers: Peers | None) -> Decision:
+def decide(
+    settings: Settings, example: Example, params: Any, model_state: Any, peers: Peers | None
+) -> Decision:
     """Finds plan and schedule.
 
     Args:
         settings: what the user asked for, with the number of microbatches.
         example: what the pipeline is made for.
-        params: the parameters, which processes compare.
+        params: the parameters, or what makes them, which processes compare.
+        model_state: the mutable state likewise.
         peers: the processes, if there are several.
 
     Raises:
@@ -105,7 +110,8 @@ def decide(settings: Settings, example: Example, params: Any, peers: Peers | Non
     if peers is None:
         found = _choose(settings, example, graph)
     else:
-        check_agreement(peers, facts(settings, graph, params, example.key, example.spec))
+        mine = facts(settings, graph, example.key, example.spec, params, model_state)
+        check_agreement(peers, mine)
         found = _choose_together(settings, example, graph, peers)
     chosen, plan, comparison = found
     if chosen.num_microbatches != settings.num_microbatches:
@@ -137,7 +143,8 @@ def _choose(settings: Settings, example: Example, graph: LayerGraph) -> _Choice:
 def _choose_together(
     settings: Settings, example: Example, graph: LayerGraph, peers: Peers
 ) -> _Choice:
-    """What the first process chooses."""
+    """What the first process chooses; all measure what joins them."""
+    settings = replace(settings, topology=_find_topology(settings, peers))
     said: dict[str, Any] = {}
     comparison = None
     if peers.process_id == 0:
@@ -156,3 +163,12 @@ def _choose_together(
         schedule=said["schedule"] or settings.schedule,
     )
     return chosen, Plan.from_json(said["plan"]), comparison
+
+
+def _find_topology(settings: Settings, peers: Peers) -> Topology | None:
+    """How the devices are joined, if it must be known."""
+    is_planned = settings.plan == AUTO and settings.chunks == 1
+    if settings.topology is not None or not (is_planned or settings.schedule == AUTO):
+        return settings.topology
+    devices = [next(iter(placement.device_set)) for placement in settings.placements]
+    return joint_topology(devices, peers)

@@ -186,6 +186,7 @@ class Processes:
         self._send(signal.SIGKILL)  # to what they left behind
         for reader in self._readers:
             reader.join(self._grace_s + _POLL_S)  # longer: held open by what left its group
+        self._readers.clear()
         return self._code or 0
 
     def send(self, index: int, number: int) -> None:

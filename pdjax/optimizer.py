@@ -14,12 +14,13 @@ An optimizer that mixes nothing has one phase and exchanges nothing.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from pdjax import flat, jaxprs
@@ -58,6 +59,8 @@ class UpdateSplit:
         stages: what each stage runs.
         state_tree: the structure of the optimizer state.
         consts: the arrays that the optimizer closed over.
+        num_minibatches: a variable for the number of minibatches that an update is made for; None
+            if that is always one.
         mixes: a sentence that says how the optimizer mixes stages, or None if it does not.
     """
 
@@ -67,6 +70,7 @@ class UpdateSplit:
     stages: tuple[StageUpdate, ...]
     state_tree: Any
     consts: dict[Var, Any]
+    num_minibatches: Var | None
     mixes: str | None
 
 
@@ -76,6 +80,9 @@ def split_update(
     homes: Sequence[Sequence[int]],
     param_names: tuple[str, ...],
     num_stages: int,
+    *,
+    rounds: bool = False,
+    scales: Sequence[float] | None = None,
 ) -> UpdateSplit:
     """Cuts ``optimizer.update`` followed by ``optax.apply_updates`` into stages.
 
@@ -85,6 +92,9 @@ def split_update(
         homes: for each parameter leaf the stages that hold it.
         param_names: the path of each parameter leaf.
         num_stages: number of stages.
+        rounds: whether an update may be made for several minibatches. The counts by which learning
+            rates and other hyperparameters are scheduled then go on by as many.
+        scales: for each parameter leaf a factor on its learning rate; 1 if not given.
 
     Raises:
         ValueError: if the update needs more than (gradients, state, params), or has side effects.
@@ -92,14 +102,28 @@ def split_update(
     leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: params))
     state_leaves, state_tree = jax.tree.flatten(jax.eval_shape(optimizer.init, params))
 
-    def update(p: list[Any], g: list[Any], s: list[Any]) -> tuple[list[Any], list[Any]]:
+    counts = schedule_counts(jax.tree.unflatten(state_tree, range(len(state_leaves))))
+    rounds = rounds and bool(counts)
+
+    def update(
+        p: list[Any], g: list[Any], s: list[Any], num_minibatches: list[Any]
+    ) -> tuple[list[Any], list[Any]]:
         old = jax.tree.unflatten(tree, p)
         gradients, state = jax.tree.unflatten(tree, g), jax.tree.unflatten(state_tree, s)
         updates, state = optimizer.update(gradients, state, old)
-        return jax.tree.leaves(optax.apply_updates(old, updates)), jax.tree.leaves(state)
+        if scales is not None:
+            flat_updates = zip(jax.tree.leaves(updates), scales, strict=True)
+            updates = jax.tree.unflatten(tree, [u if k == 1 else u * k for u, k in flat_updates])
+        new = jax.tree.leaves(state)
+        for at in counts if rounds else ():
+            new[at] = s[at] + (new[at] - s[at]) * num_minibatches[0].astype(s[at].dtype)
+        return jax.tree.leaves(optax.apply_updates(old, updates)), new
 
+    extra = [jax.ShapeDtypeStruct((), jnp.int32)] if rounds else []
     try:
-        program, _ = flat.trace(update, leaves, leaves, state_leaves, branches_as_selects=True)
+        program, _ = flat.trace(
+            update, leaves, leaves, state_leaves, extra, branches_as_selects=True
+        )
     except TypeError as error:
         raise ValueError(
             f"optimizer.update(gradients, state, params) failed: {error}. pdjax gives an optimizer "
@@ -110,8 +134,31 @@ def split_update(
             "the optimizer's update has side effects (callbacks or prints), which cannot be "
             "divided among the stages. Take them out of the optimizer, or put them into loss_fn."
         )
-    placer = _UpdatePlacer(program, homes, num_stages)
+    placer = _UpdatePlacer(program, homes, num_stages, rounds)
     return placer.place(param_names, state_tree)
+
+
+def schedule_counts(state: Any) -> list[Any]:
+    """The counters of an optimizer state by which optax schedules its hyperparameters.
+
+    A moment's own counter, which says how many updates it has seen, is none.
+    """
+    return [part.count for part in _parts(state) if isinstance(part, _SCHEDULED)]
+
+
+_SCHEDULED = (
+    optax.ScaleByScheduleState,
+    optax.InjectHyperparamsState,
+    optax.InjectStatefulHyperparamsState,
+)
+
+
+def _parts(state: Any) -> Iterator[Any]:
+    """All nodes of an optimizer state."""
+    yield state
+    children = jax.tree.leaves(state, is_leaf=lambda node: node is not state)
+    for child in children if not (len(children) == 1 and children[0] is state) else ():
+        yield from _parts(child)
 
 
 def init_program(optimizer: optax.GradientTransformation, params: Any) -> tuple[FlatProgram, Any]:
@@ -124,13 +171,18 @@ class _UpdatePlacer:
     """Decides where each value of an update is computed, and what is exchanged when."""
 
     def __init__(
-        self, program: FlatProgram, homes: Sequence[Sequence[int]], num_stages: int
+        self,
+        program: FlatProgram,
+        homes: Sequence[Sequence[int]],
+        num_stages: int,
+        rounds: bool,
     ) -> None:
         count = len(homes)
         self.program = program
         self.num_stages = num_stages
         self.params, self.grads = program.invars[:count], program.invars[count : 2 * count]
-        self.state = program.invars[2 * count :]
+        self.num_minibatches = program.invars[-1] if rounds else None
+        self.state = program.invars[2 * count : len(program.invars) - rounds]
         self.new_params, self.new_state = program.outvars[:count], program.outvars[count:]
         self.maker = {v: i for i, e in enumerate(program.equations) for v in e.outvars}
         self.homes = {v: frozenset(h) for v, h in zip(self.params, homes, strict=True)}
@@ -155,6 +207,7 @@ class _UpdatePlacer:
             stages=tuple(self._stage(s, num_phases, phase) for s in range(self.num_stages)),
             state_tree=state_tree,
             consts=dict(zip(self.program.constvars, self.program.consts, strict=True)),
+            num_minibatches=self.num_minibatches,
             mixes=self._describe_mixing(param_names),
         )
 
@@ -235,6 +288,8 @@ class _UpdatePlacer:
         """
         everywhere = frozenset(range(self.num_stages))
         available = dict(self.homes) | dict.fromkeys(self.program.constvars, everywhere)
+        if self.num_minibatches is not None:
+            available[self.num_minibatches] = everywhere
         mixed: set[Var] = set()
         for equation in self.program.equations:
             inputs = jaxprs.variables(equation.invars)

@@ -234,6 +234,7 @@ class Pipeline:
             schedule=schedule,
             weight_rule=weight_rule,
             placements=placements,
+            devices_given=devices is not None,
             num_stages=count,
             num_chunks=num_chunks,
             straight=straight,
@@ -507,17 +508,18 @@ class Pipeline:
         time.
         """
         prepared = self._training_of(state).prepared
-        executor = prepared.executor
+        executor, peers = prepared.executor, None
         weights = [held.weights[0] for held in state.run.stages if held.weights]
         recorder = recording.Recorder(executor.schedule, weights)
         executor.observer = recorder.observe
         try:
             yield
+            peers = prepared.peers  # an error would have come in this process alone
         finally:
             executor.observer = None
             events = recorder.finish()
-            if prepared.peers is not None:
-                events = recording.gather(prepared.peers, events)
+            if peers is not None:
+                events = recording.gather(peers, events)
             self._timeline = recording.timeline_of(prepared.schedule, events)
 
     def timeline(self) -> Timeline:
@@ -565,15 +567,16 @@ class Pipeline:
         return run
 
     def _check_losses(self, training: _Training, at_most: int) -> None:
-        """Looks at the losses that are there, and waits until `at_most` are outstanding."""
-        losses = training.losses
-        while losses and (len(losses) > at_most or losses[0][1].is_ready()):
+        """Looks at the losses that are there, and waits until `at_most` are outstanding.
+
+        Several processes look at the same ones only, so that all stop at the same step.
+        """
+        losses, peers = training.losses, training.prepared.peers
+        while losses and (len(losses) > at_most or (peers is None and losses[0][1].is_ready())):
             step, loss = losses[0]
             with _breaking_on_errors(training, step, Exception):
                 value = loss.item()
             losses.popleft()
-            if training.prepared.peers is not None:
-                training.prepared.peers.completed(step + 1)
             if self._raises and not math.isfinite(value):
                 losses.clear()  # said once; what came after it is no news
                 raise NonFiniteLossError(
@@ -581,6 +584,11 @@ class Pipeline:
                     "rate or clip the gradients; look for a log or a division that can meet "
                     "zero; or pass nonfinite='ignore' to go on regardless."
                 )
+            if peers is not None:
+                peers.completed(step + 1)
+        if peers is not None:
+            for step in [step for step, loss in losses if loss.is_ready()][-1:]:
+                peers.completed(step + 1)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from pdjax.schedules.versions import delay_of, peak_versions
 from pdjax.settings import Settings
 from pdjax.simulator import StageCost
 from pdjax.split import StageSplit, split
-from pdjax.trees import is_function, own_copy, place, shape_of, shapes_of
+from pdjax.trees import own_copy, place, shape_of, shapes_of
 
 _log = logging.getLogger("pdjax")
 
@@ -84,9 +84,9 @@ class Prepared:
     ) -> None:
         self._example = example = _example(settings, params, batch, model_state, rng)
         self._spec = example.spec
-        given = example.params if is_function(params) else params
-        peers = peers_of(settings.placements)
-        decided = decide(settings.for_batch(self._spec.size), example, given, peers)
+        peers = peers_of(settings.placements, chosen_by_user=settings.devices_given)
+        sized = settings.for_batch(self._spec.size)
+        decided = decide(sized, example, params, model_state, peers)
         self._settings = settings = decided.settings
         self.plan, self.schedule, self.rule = decided.plan, decided.schedule, decided.rule
         self.comparison, self._remat = decided.comparison, decided.remat
@@ -210,11 +210,20 @@ class Prepared:
             self.split.homes,
             traced.param_names,
             self.plan.num_stages,
+            rounds=not self.schedule.flushes and max(self.places.replicas) > 1,
+            scales=self._scales(),
         )
         if not self.schedule.flushes:
             _refuse_ties(self.split, self.schedule)
             _refuse_mixing(update, self.schedule)
         return update
+
+    def _scales(self) -> list[float] | None:
+        """For each parameter a factor on its learning rate, where the weight rule has some."""
+        replicas = self.places.replicas
+        if self.rule.replica_learning_rate == "same" or self.schedule.flushes:
+            return None
+        return [replicas[homes[0]] / replicas[0] for homes in self.split.homes]
 
     def _update_runner(self, at: int) -> UpdateRunner:
         """The update at a place; it reuses the old weights if no backward pass still needs them."""
@@ -229,7 +238,17 @@ class Prepared:
             self._settings.placements[at],
             donate_weights=alive == 1,
             divisor=_divisor(self.split),
+            num_minibatches=self._minibatches_of(stage),
         )
+
+    def _minibatches_of(self, stage: int) -> Callable[[Any], Any]:
+        """How many minibatches an update of a stage is for, out of what it divides by.
+
+        A drain may break a round off; of a weighted loss the divisor does not say so.
+        """
+        if self.split.traced.weight is not None:
+            return lambda _: self.places.replicas[stage]
+        return lambda divisor: divisor / self.schedule.num_microbatches
 
     def _compile(self, spec: BatchSpec, stages: StageSplit) -> Passes:
         m = self.schedule.num_microbatches

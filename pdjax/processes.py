@@ -1,4 +1,4 @@
-"""Whether a pipeline's devices are in this process alone, and what follows."""
+"""Which processes run a pipeline, and how values travel between them."""
 
 from __future__ import annotations
 
@@ -13,21 +13,36 @@ from pdjax.runtime.remote import TransferTransport
 from pdjax.runtime.transport import LocalTransport, Transport
 
 
-def peers_of(placements: Sequence[Sharding]) -> Peers | None:
-    """The processes that the devices are in; None if all are in this one.
+def peers_of(placements: Sequence[Sharding], *, chosen_by_user: bool) -> Peers | None:
+    """The processes that run a pipeline together; None if this one runs it alone.
+
+    All processes of the run do, those without a stage among them, unless the user chose devices
+    of this process only.
+
+    Args:
+        placements: where workers may be placed.
+        chosen_by_user: whether the user said so, not the number of stages.
 
     Raises:
-        ValueError: if they are in several, and these do not know of each other.
+        ValueError: if the devices are in several processes, and these do not know of each other;
+            or if the user chose devices of one other process.
     """
     devices = [next(iter(placement.device_set)) for placement in placements]
-    if all(device.process_index == jax.process_index() for device in devices):
-        return None
+    owners = {device.process_index for device in devices}
     peers = distributed.current()
+    if owners == {jax.process_index()} and (chosen_by_user or peers is None):
+        return None
     if peers is None:
         raise ValueError(
             f"the devices {devices} are in several processes, which do not know of each other. "
             "Call pdjax.distributed.initialize() in each of them before anything else; it calls "
             "jax.distributed.initialize. Or give devices=jax.local_devices()."
+        )
+    if chosen_by_user and len(owners) == 1:
+        raise ValueError(
+            f"all of the devices {devices} are in process {owners.pop()}, which needs no other for "
+            f"them, and this is process {peers.process_id}. Leave devices out to have all "
+            "processes take part, or give each devices=jax.local_devices()."
         )
     return peers
 

@@ -25,6 +25,7 @@ class Settings:
 
     Attributes:
         placements: where workers may be placed.
+        devices_given: whether the user said so.
         num_stages: how many there are; None if the plan is to say.
         num_chunks: stages on each worker; None for what is usual under the schedule.
         straight: whether an automatic plan must not replicate stages.
@@ -35,6 +36,7 @@ class Settings:
     schedule: str | Schedule
     weight_rule: WeightRule | None
     placements: tuple[Sharding, ...]
+    devices_given: bool
     num_stages: int | None
     num_chunks: int | None
     straight: bool

@@ -16,7 +16,6 @@ from pdjax import data, distributed
 from pdjax.arguments import AUTO, choose_num_chunks, read_plan, read_schedule
 from pdjax.command import print_error, run_command
 from pdjax.config import TrainConfig
-from pdjax.distributed import Peers
 from pdjax.errors import ClusterError
 from pdjax.planner import Plan
 from pdjax.schedules import Schedule
@@ -36,27 +35,21 @@ def main(arguments: list[str] | None = None) -> int:
     0 for success, 1 for a run that failed, 2 for arguments that make no sense.
     """
     try:
-        return run_command("pdjax.train", TrainConfig, _meet_and_train, arguments, wraps=True)
+        return run_command("pdjax.train", TrainConfig, _train_together, arguments, wraps=True)
     except (pdjax.BrokenPipelineError, pdjax.NonFiniteLossError, ClusterError) as error:
         print_error(f"training stopped: {error}")
         return 1
 
 
-def _meet_and_train(config: TrainConfig, console: Console) -> None:
-    """Trains, together with the other processes if there are several; the first one tells."""
-    peers = _meet(config)
-    console.quiet = peers is not None and peers.process_id > 0
-    train(config, console)
-
-
-def _meet(config: TrainConfig) -> Peers | None:
-    """Brings this process together with the others, if there are several."""
+def _train_together(config: TrainConfig, console: Console) -> None:
+    """Brings this process together with the others, if there are several, and trains."""
     told = (config.coordinator, config.num_processes, config.process_id)
-    if told == (None, None, None) and not distributed.is_needed():
-        return None
-    return distributed.initialize(
-        *told, timeout_s=config.start_timeout_s, lost_peer_timeout_s=config.lost_peer_timeout_s
-    )
+    if told != (None, None, None) or distributed.is_needed():
+        peers = distributed.initialize(
+            *told, timeout_s=config.start_timeout_s, lost_peer_timeout_s=config.lost_peer_timeout_s
+        )
+        console.quiet = peers.process_id > 0
+    train(config, console)
 
 
 def train(config: TrainConfig, console: Console) -> dict[str, Any]:

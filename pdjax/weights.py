@@ -24,11 +24,17 @@ class WeightRule:
         backward: ``"newest"``: the backward pass reads the newest version, which must be the
             one that the forward pass read; ``"stashed"``: it reads the version that the forward
             pass read, kept until then.
+        replica_learning_rate: of stages with replicas under an asynchronous schedule, which make
+            one update for as many minibatches as they have replicas. ``"same"``: the learning rate
+            of all stages is that of the optimizer. ``"scaled"``: that of a stage with r replicas
+            is r / r_0 of it, r_0 being the replicas of the first stage, as in the original
+            PipeDream's code.
     """
 
     name: str
     forward: Literal["newest", "previous", "entry"]
     backward: Literal["newest", "stashed"]
+    replica_learning_rate: Literal["same", "scaled"] = "same"
 
 
 LATEST = WeightRule("latest", forward="newest", backward="newest")

@@ -8,7 +8,7 @@ import pytest
 
 from pdjax import arguments
 
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", 5)
 
 # The same small programs occur in many tests; compiled once, they are found again on disk, by the
 # other test processes too. The folder is new for every run of the tests.

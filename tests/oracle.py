@@ -24,6 +24,10 @@ def microbatch(batch: Any, index: int, num_microbatches: int) -> Any:
     return jax.tree.map(part, batch)
 
 
+def _counts(part: Any) -> bool:
+    return isinstance(part, (optax.ScaleByScheduleState, optax.InjectHyperparamsState))
+
+
 def _value_and_grad(loss_fn: Callable[..., Any], model_state: Any) -> Callable[..., Any]:
     """(params, state, batch, key) -> (loss, new state), gradient; also for a loss without state."""
     if model_state is not None:
@@ -78,6 +82,7 @@ def replay_asynchronous(
     num_microbatches: int = 1,
     replicas: Sequence[int] | None = None,
     warm_ups: Sequence[int] | None = None,
+    scaled: bool = False,
 ) -> tuple[Any, list[Any], Any]:
     """PipeDream and its kin: (parameters, losses, state).
 
@@ -86,6 +91,8 @@ def replay_asynchronous(
     under weight stashing, that of stage 0 on all stages under vertical sync, 1 under double
     buffering. The mean gradient of a round of r minibatches is applied to the newest version. A
     drain, before each minibatch in `drains` and at the end, applies what there is of a round.
+    Schedules of hyperparameters count minibatches. If `scaled` the updates of a stage are
+    multiplied by its replicas over those of stage 0.
     """
     grad = _value_and_grad(loss_fn, model_state)
     turns = tuple(replicas or [1] * num_stages)
@@ -100,7 +107,15 @@ def replay_asynchronous(
         if pending[stage]:
             mean = jax.tree.map(lambda *g: sum(g) / len(g), *pending[stage])
             newest = versions[stage][-1]
-            updates, states[stage] = optimizer.update(mean, states[stage], newest)
+            updates, state = optimizer.update(mean, states[stage], newest)
+            more = len(pending[stage]) - 1
+            states[stage] = jax.tree.map(
+                lambda part: part._replace(count=part.count + more) if _counts(part) else part,
+                state,
+                is_leaf=_counts,
+            )
+            factor = turns[stage] / turns[0] if scaled else 1
+            updates = jax.tree.map(lambda leaf: leaf * factor, updates)
             versions[stage].append(optax.apply_updates(newest, updates))
             pending[stage].clear()
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from pdjax.distributed import host as hosting
 from pdjax.distributed.connecting import connect_all
+from pdjax.distributed.door import Door, greeting
 from pdjax.distributed.frames import ForeignError, Link, encode
 from pdjax.distributed.guest import Guest
 from pdjax.distributed.host import Host
@@ -44,10 +45,11 @@ class Process:
     members: list[Member]
     process_id: int
     links: dict[int, Link]
+    door: Door
     losses: Losses = field(default_factory=queue.Queue)
 
     def watch(self) -> Peers:
-        mesh = Mesh(self.members, self.process_id, self.links, self.losses.put)
+        mesh = Mesh(self.members, self.process_id, self.links, self.door, self.losses.put)
         mesh.start()
         return Peers(self.members, self.process_id, mesh)
 
@@ -56,6 +58,7 @@ class Process:
             link.send(encode(message))
 
     def crash(self) -> None:
+        self.door.close()
         for link in self.links.values():
             link.close()
 
@@ -64,14 +67,19 @@ def come(port, process_id, num_processes, *, timeout_s=WAIT_S, lost_s=30.0, **to
     """One process comes to the meeting."""
     deadline = time.monotonic() + timeout_s
     settings = Settings(Address("127.0.0.1", port), num_processes, process_id, lost_s)
-    with listen_for_peers() as listener:
-        address = Address("", listener.getsockname()[1])
-        versions = told.pop("versions", VERSIONS)
-        own = introduce(process_id, num_processes, address, versions, lost_s, **told)
-        kind = Guest if process_id else Host
-        rendezvous = kind(settings.coordinator, own, deadline)
-        members, links = bring_together(rendezvous, settings, listener, deadline)
-    return Process(members, process_id, links)
+    listener = listen_for_peers()
+    address = Address("", listener.getsockname()[1])
+    versions = told.pop("versions", VERSIONS)
+    own = introduce(process_id, num_processes, address, versions, lost_s, **told)
+    kind = Guest if process_id else Host
+    rendezvous = kind(settings.coordinator, own, deadline)
+    door = Door(listener, own.token)
+    try:
+        members, links = bring_together(rendezvous, settings, door, deadline)
+    except ClusterError:
+        door.close()
+        raise
+    return Process(members, process_id, links, door)
 
 
 def come_all(*processes: dict) -> list[Future[Process]]:
@@ -290,15 +298,17 @@ def test_only_who_knows_the_token_is_let_in():
     listener = listen_for_peers()
     port = listener.getsockname()[1]
     members = [introduce(n, 2, Address("127.0.0.1", port), VERSIONS, 30.0) for n in range(2)]
-    stranger = Link(connect(port))
-    stranger.send(encode({"hello": 1, "token": "guessed"}))
-    friend = Link(connect(port))
-    friend.send(encode({"hello": 1, "token": members[0].token}))
-    with listener:
-        links = connect_all(members, 0, "127.0.0.1", listener, time.monotonic() + WAIT_S)
+    stranger, friend, pulse = (Link(connect(port)) for _ in range(3))
+    stranger.send(encode({"hello": 1, "token": "guessed", "is_pulse": False}))
+    pulse.send(greeting(1, members[0], is_pulse=True))
+    friend.send(greeting(1, members[0]))
+    door = Door(listener, members[0].token)
+    links = connect_all(members, 0, "127.0.0.1", door, time.monotonic() + WAIT_S)
+    door.admit(0.1)
+    assert list(door.pulses) == [1]
     friend.send(encode({"kind": "goodbye"}))
     wait_until(lambda: links[1].read(0.0) == [{"kind": "goodbye"}])
-    for link in (stranger, friend, links[1]):
+    for link in (stranger, friend, pulse, links[1], door):
         link.close()
 
 

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from pdjax.config import LaunchConfig
-from pdjax.launch import launch, main
+from pdjax.launch import Processes, launch, main
 
 SLEEP = "import time; time.sleep(60)"
 STUBBORN = (
@@ -57,6 +57,20 @@ def test_the_first_failure_ends_the_others_and_is_returned():
     code = "import os, sys, time\nif os.environ['PDJAX_PROCESS_ID'] == '1': sys.exit(7)\n"
     assert run(code + "time.sleep(60)", 3) == 7
     assert time.monotonic() - start < 30
+
+
+def test_one_may_fail_alone():
+    with Processes(grace_s=5, end_together=False) as processes:
+        for number in range(2):
+            processes.start([sys.executable, "-c", SLEEP], str(number), {})
+        processes.send(0, signal.SIGKILL)
+        while processes.codes[0] is None:
+            time.sleep(0.01)
+        assert processes.codes == [-signal.SIGKILL, None]
+        processes.send(1, signal.SIGTERM)
+        assert processes.wait() in {128 + signal.SIGKILL, 128 + signal.SIGTERM}
+    assert processes.codes == [-signal.SIGKILL, -signal.SIGTERM]
+    assert processes.interrupted_by is None
 
 
 def test_a_process_that_was_killed():

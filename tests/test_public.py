@@ -44,10 +44,10 @@ WITHOUT_JAX = [
     "pdjax.weights",
     "pdjax.figures",
     "pdjax.config",
-    "pdjax.launch",
     "pdjax.distributed",
     "pdjax.distributed.mesh",
     "pdjax.distributed.rendezvous",
+    "pdjax.launch",
 ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import logging
 import os
 import signal
@@ -22,12 +23,17 @@ _LAST_WORDS_S = 1.0
 _MAX_CHARACTERS = 300
 
 
-def say(message: str) -> None:
-    """Prints a message on standard error, from whatever thread, and does not wait long for that."""
-    # In a thread of its own: a pipe that nobody empties must not keep the process alive.
-    speaker = threading.Thread(target=_speak, args=(message,), daemon=True)
-    speaker.start()
-    speaker.join(_LAST_WORDS_S)
+def say_last(message: str) -> None:
+    """Prints a message on standard error, from whatever thread, before `end_process`.
+
+    A pipe that nobody empties does not keep the process alive: it ends after a moment, with exit
+    code 1, whatever blocks it.
+    """
+    # A thread of our own would do as well, but none can be started while Python shuts down.
+    faulthandler.dump_traceback_later(_LAST_WORDS_S, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    with contextlib.suppress(OSError):
+        os.write(2, f"{message}\n".encode(errors="replace"))
+    _tidy()
 
 
 def end_process(code: int = 1) -> None:
@@ -37,12 +43,6 @@ def end_process(code: int = 1) -> None:
     run another line of Python.
     """
     os._exit(code)
-
-
-def _speak(message: str) -> None:
-    with contextlib.suppress(OSError):
-        os.write(2, f"{message}\n".encode(errors="replace"))
-    _tidy()
 
 
 def _tidy() -> None:
@@ -93,7 +93,7 @@ class EndOfProgram:
 
     def _on_blocked(self, name: str, code: int) -> None:
         self._peers.leave(f"was ended by {name}")
-        say(f"error: ended by {name}, while the main thread was blocked.")
+        say_last(f"error: ended by {name}, while the main thread was blocked.")
         end_process(code)
 
     def _on_exception(

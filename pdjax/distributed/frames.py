@@ -104,9 +104,9 @@ class Link:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
 
-    def skim(self) -> None:
-        """Takes what has come by now, and forgets it; afterwards `ended` is as after `read`."""
-        self._receive(0.0)
+    def skim(self, now: float) -> None:
+        """As `read`, but forgets what has come."""
+        self._receive(now)
         self._incoming.clear()
 
     def close(self) -> None:

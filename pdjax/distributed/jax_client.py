@@ -121,7 +121,8 @@ def make_room() -> None:
     first used, and after `jax_num_cpu_devices` is set.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    wanted = str((cores or 1) + max(jax.config.jax_num_cpu_devices, 1))
+    devices = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
+    wanted = str((cores or 1) + max(devices, 1))
     if os.environ.get("PJRT_NPROC", _Room.made) == _Room.made:
         os.environ["PJRT_NPROC"] = _Room.made = wanted
 

@@ -6,7 +6,7 @@ import os
 import secrets
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
@@ -40,6 +40,10 @@ class Address:
                 "node0:12345 or 10.0.0.1:12345; an IPv6 address goes in brackets."
             )
         return Address(bare, int(port))
+
+    def seen_from(self, coordinator: str) -> Address:
+        """The same with a host, for a process that knows the coordinator's by that name."""
+        return self if self.host else replace(self, host=coordinator)
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"

@@ -17,15 +17,18 @@ import traceback
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 
+from pdjax.distributed.door import Door
 from pdjax.distributed.exchanges import Exchanges
 from pdjax.distributed.frames import ForeignError, Link, Message, encode
 from pdjax.distributed.loss import Loss, Standing, explain, explain_given_up
 from pdjax.distributed.members import Member
 from pdjax.distributed.rendezvous import is_loopback
 
-_BEATS = 10  # in the time within which a loss ends the others
+_BEATS = 20  # in the time within which a loss ends the others
 _SILENT_PART = 0.7  # of that time; the rest is for telling the others, and for ending
+_PATIENCE = 12  # times as long a process may run no Python, if its pulse is heard
 _TELL_S = 0.2
 _FAREWELL_S = 1.0
 _POLL_S = 0.002
@@ -38,6 +41,7 @@ class Mesh:
         members: all processes, in order.
         own_id: which of them this is.
         links: a link to each of the others; owned by the mesh from now on.
+        door: where the pulses of the others come in; owned by the mesh from now on.
         on_lost: called with a message, from the mesh's thread, when a process is lost.
         on_end: called afterwards, when the others have been told, too. The thread ends then.
 
@@ -52,6 +56,7 @@ class Mesh:
         members: Sequence[Member],
         own_id: int,
         links: Mapping[int, Link],
+        door: Door,
         on_lost: Callable[[str], None],
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
@@ -60,11 +65,13 @@ class Mesh:
         self._own_id = own_id
         self._links = dict(links)
         self.address = _outermost([link.own_address for link in links.values()])
+        self._door = door
+        self._pulses: dict[int, Link] = {}
         self._on_lost = on_lost
         self._on_end = on_end
         self._silence_s = members[own_id].lost_peer_timeout_s * _SILENT_PART
-        # Everybody beats as often as the least patient expects.
-        self._beat_s = min(member.lost_peer_timeout_s for member in members) / _BEATS
+        self._patience_s = members[own_id].lost_peer_timeout_s * _PATIENCE
+        self._beat_s = beat_seconds(members)
         self._changed = threading.Condition()
         self._outbox: list[bytes] = []
         self._over = False
@@ -78,11 +85,13 @@ class Mesh:
         """Starts the thread."""
         for end in (self._wake_reader, self._wake_writer):
             end.setblocking(False)
-        self._selector.register(self._wake_reader, selectors.EVENT_READ)
+        self._selector.register(self._wake_reader, selectors.EVENT_READ, self._hear_wake)
+        self._selector.register(self._door, selectors.EVENT_READ, self._open_door)
         now = time.monotonic()
         for number, link in self._links.items():
             link.heard_at = now
-            self._selector.register(link, selectors.EVENT_READ, number)
+            self._selector.register(link, selectors.EVENT_READ, partial(self._read_link, number))
+        self._open_door(now)
         _close_in_children(self)
         self._thread.start()
 
@@ -157,18 +166,18 @@ class Mesh:
             self._send()
             ready = self._selector.select(max(0.0, beat_at - time.monotonic()))
             now = time.monotonic()
-            self._forgive(now - awake_at)
+            self._forgive(now - awake_at, now)
             awake_at = now
             loss = self._read(ready, now) or self._find_silent(now)
             if loss is not None and not self._deaf:
                 return self._lose(loss)
         return None
 
-    def _forgive(self, slept_s: float) -> None:
+    def _forgive(self, slept_s: float, now: float) -> None:
         """Whoever slept itself, stopped or starved, must not blame the others for silence."""
         if slept_s > 2 * self._beat_s:
-            for link in self._links.values():
-                link.heard_at += slept_s
+            for link in (*self._links.values(), *self._pulses.values()):
+                link.heard_at = min(link.heard_at + slept_s, now)
 
     def _beat(self) -> None:
         completed = self.standings[self._own_id].num_minibatches
@@ -177,13 +186,16 @@ class Mesh:
     def _send(self) -> None:
         with self._changed:
             frames, self._outbox = self._outbox, []
+        if frames:
+            self._beat()  # the others are as well informed as they can be
         for frame in frames:
             self._queue(frame)
-        for number, link in self._links.items():
+        for _number, link in self._links.items():
             link.flush()
             events = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.has_outgoing else 0)
-            if self._selector.get_key(link).events != events:
-                self._selector.modify(link, events, number)
+            key = self._selector.get_key(link)
+            if key.events != events:
+                self._selector.modify(link, events, key.data)
 
     def _queue(self, frame: bytes) -> None:
         for link in self._links.values():
@@ -192,14 +204,29 @@ class Mesh:
     def _read(self, ready: Sequence[tuple[selectors.SelectorKey, int]], now: float) -> Loss | None:
         """Hears what has come; returns the first loss that it means."""
         for key, _ in ready:
-            if key.data is None:
-                with contextlib.suppress(BlockingIOError):
-                    self._wake_reader.recv(1 << 12)
-                continue
-            loss = self._read_link(key.data, now)
+            loss = key.data(now)
             if loss is not None:
                 return loss
         return None
+
+    def _hear_wake(self, now: float) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._wake_reader.recv(1 << 12)
+
+    def _open_door(self, now: float) -> None:
+        for _, link in self._door.admit(0.0):
+            link.close()  # all are there
+        while self._door.pulses:
+            number, link = self._door.pulses.popitem()
+            self._pulses[number] = link
+            self._selector.register(link, selectors.EVENT_READ, partial(self._feel, number, link))
+
+    def _feel(self, number: int, link: Link, now: float) -> None:
+        """Hears the pulse of a process."""
+        link.skim(now)
+        if link.ended is not None:
+            self._selector.unregister(link)
+            link.close()
 
     def _read_link(self, number: int, now: float) -> Loss | None:
         link = self._links[number]
@@ -259,7 +286,7 @@ class Mesh:
                 link.flush()
                 if not link.has_outgoing:
                     link.finish()
-                link.skim()
+                link.skim(0.0)
                 if link.ended is not None:
                     self._part(number)
             time.sleep(_POLL_S)
@@ -267,12 +294,18 @@ class Mesh:
     def _find_silent(self, now: float) -> Loss | None:
         for number, link in self._links.items():
             silent_s = now - link.heard_at
-            if silent_s > self._silence_s and not self.standings[number].has_ended:
+            pulse = self._pulses.get(number)
+            pulseless_s = silent_s if pulse is None else min(silent_s, now - pulse.heard_at)
+            if self.standings[number].has_ended:
+                continue
+            if pulseless_s > self._silence_s:
                 return Loss(
                     number,
-                    f"was not heard for {silent_s:.1f} s: it hangs or is stopped, or its host or "
-                    "the network is down",
+                    f"was not heard for {pulseless_s:.1f} s: it hangs or is stopped, or its host "
+                    "or the network is down",
                 )
+            if silent_s > self._patience_s:
+                return Loss(number, f"hangs: it has run no Python for {silent_s:.0f} s")
         return None
 
     def _lose(self, loss: Loss) -> str:
@@ -290,10 +323,16 @@ class Mesh:
 
     def _close(self) -> None:
         self._selector.close()
-        for link in self._links.values():
+        for link in (*self._links.values(), *self._pulses.values()):
             link.close()
+        self._door.close()
         self._wake_reader.close()
         self._wake_writer.close()
+
+
+def beat_seconds(members: Sequence[Member]) -> float:
+    """The time between two signs of life: everybody's, as the least patient expects."""
+    return min(member.lost_peer_timeout_s for member in members) / _BEATS
 
 
 def _close_in_children(mesh: Mesh) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pdjax.distributed.members import Member
 from pdjax.distributed.mesh import Mesh
+from pdjax.distributed.pulse import Pulse
 from pdjax.errors import ClusterError
 
 _FOLLOW_UP_S = 0.5
@@ -29,13 +30,16 @@ class Peers:
         has_failed: whether this process has told the others that it ends before its time.
     """
 
-    def __init__(self, members: Sequence[Member], own_id: int, mesh: Mesh) -> None:
+    def __init__(
+        self, members: Sequence[Member], own_id: int, mesh: Mesh, pulse: Pulse | None = None
+    ) -> None:
         self.process_id = own_id
         self.num_processes = len(members)
         self.hosts = tuple(member.host for member in members)
         self.address = mesh.address
         self.has_failed = False
         self._mesh = mesh
+        self._pulse = pulse
         self._standing = mesh.standings[own_id]
         self._turn = 0
         self._turns = threading.Lock()
@@ -112,7 +116,7 @@ class Peers:
             self._closed = self.has_failed = True
         self._mesh.turn_deaf()
         self._mesh.post({"kind": "failed", "reason": reason, **self._standing.known()})
-        self._mesh.stop()
+        self._stop()
 
     def close(self) -> None:
         """Says goodbye: this process has done its part; then waits until all others have, too.
@@ -125,4 +129,9 @@ class Peers:
             self._closed = True
         self._mesh.post({"kind": "goodbye"})
         self._mesh.wait_for_goodbyes()
+        self._stop()
+
+    def _stop(self) -> None:
         self._mesh.stop()
+        if self._pulse is not None:
+            self._pulse.stop()

@@ -7,6 +7,7 @@ looks whether the handler has run, and ends the process if it has not.
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import sys
@@ -52,6 +53,8 @@ class Signals:
         before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         if before != -1:  # somebody else's, such as asyncio's, goes first
             signal.set_wakeup_fd(before)
+        # A forked child would send what it gets to the thread of its parent.
+        os.register_at_fork(after_in_child=self.release)
         threading.Thread(target=self._look, name="pdjax-signals", daemon=True).start()
 
     def release(self) -> None:
@@ -82,6 +85,8 @@ class Signals:
     def _await_reaction(self, number: signal.Signals) -> None:
         came_at = time.monotonic()
         time.sleep(_REACT_S)
-        # It may have run just before this thread heard of the signal.
-        if self._handled_at < came_at - _REACT_S:
+        # It may have run just before this thread heard of the signal; and since it was set the
+        # program may have set one of its own.
+        ran = self._handled_at >= came_at - _REACT_S
+        if not ran and signal.getsignal(number) == self._handle:
             self._on_blocked(number.name, 128 + number)

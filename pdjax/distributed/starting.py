@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import platform
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
 
 from pdjax.distributed.connecting import connect_all
-from pdjax.distributed.ending import EndOfProgram, end_process, say
-from pdjax.distributed.frames import Link
+from pdjax.distributed.door import Door, greeting
+from pdjax.distributed.ending import EndOfProgram, end_process, say_last
+from pdjax.distributed.frames import Link, encode
 from pdjax.distributed.guest import Guest
 from pdjax.distributed.host import Host
 from pdjax.distributed.members import Address, Member, introduce
-from pdjax.distributed.mesh import Mesh
+from pdjax.distributed.mesh import Mesh, beat_seconds
 from pdjax.distributed.peers import Peers
+from pdjax.distributed.pulse import Pulse
 from pdjax.distributed.relay import Relay
 from pdjax.distributed.rendezvous import Rendezvous, is_loopback, listen_for_peers
 from pdjax.distributed.settings import (
@@ -30,7 +31,6 @@ from pdjax.distributed.settings import (
 from pdjax.errors import ClusterError
 
 # JAX, and what needs it, is imported where it is used: the rest works, and is tested, without.
-_Make = Callable[[Address, Member, float], Rendezvous]
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax")
 
@@ -126,14 +126,26 @@ def initialize(
             joined.process_id,
             lost_peer_timeout_s,
         )
-        return _meet(settings, StoreRendezvous, None, deadline)
+        catch = not jax_client.handles_sigterm()
+        return meet(settings, StoreRendezvous, deadline, catch_sigterm=catch)
     if known is None:
         known, ids = _detect(ids, timeout_s)
     settings = Settings(*known, lost_peer_timeout_s)
     kind = Guest if settings.process_id else Host
-    peers = _meet(settings, kind, _used_before(), deadline)
+    peers = meet(settings, kind, deadline, problem=_used_before())
     _start_jax(settings, ids, peers, deadline)
     return peers
+
+
+def make_room() -> None:
+    """Gives JAX's CPU client threads enough, once `jax_num_cpu_devices` is set.
+
+    `initialize` does so for what is set by then; call this if more devices are asked for later,
+    before JAX is first used.
+    """
+    from pdjax.distributed import jax_client
+
+    jax_client.make_room()
 
 
 def shutdown() -> None:
@@ -141,13 +153,13 @@ def shutdown() -> None:
 
     At the end of a program it happens by itself. Without a run it does nothing.
     """
-    from pdjax.distributed import jax_client
-
     peers, end = _Run.peers, _Run.end
     if peers is None or end is None:
         return
     peers.close()
     if _Run.started_jax and not peers.has_failed:
+        from pdjax.distributed import jax_client
+
         jax_client.shutdown()
     end.forget()
     _Run.peers = _Run.end = None
@@ -176,39 +188,58 @@ def _detect(
     return (address, joined.num_processes, joined.process_id), detected_ids if ids is None else ids
 
 
-def _meet(settings: Settings, make: _Make, problem: str | None, deadline: float) -> Peers:
-    """Connects the processes, and begins to watch over them."""
-    from pdjax.distributed import jax_client
+def meet(
+    settings: Settings,
+    make: Callable[[Address, Member, float], Rendezvous],
+    deadline: float,
+    *,
+    problem: str | None = None,
+    catch_sigterm: bool = True,
+) -> Peers:
+    """Connects the processes, and begins to watch over them; JAX plays no part in it.
 
-    with listen_for_peers() as listener:
-        own = introduce(
-            settings.process_id,
-            settings.num_processes,
-            Address("", listener.getsockname()[1]),
-            _versions(),
-            settings.lost_peer_timeout_s,
-            problem,
-        )
+    Args:
+        settings: how this process takes part.
+        make: makes the meeting.
+        deadline: when to give up, as `time.monotonic` has it.
+        problem: why this process cannot take part, for the others; None if it can.
+        catch_sigterm: whether SIGTERM ends the program, if that has no handler of its own.
+
+    Raises:
+        ClusterError: if they do not come together.
+    """
+    listener = listen_for_peers()
+    own = introduce(
+        settings.process_id,
+        settings.num_processes,
+        Address("", listener.getsockname()[1]),
+        _versions(),
+        settings.lost_peer_timeout_s,
+        problem,
+    )
+    with contextlib.ExitStack() as stack:
+        door = stack.enter_context(contextlib.closing(Door(listener, own.token)))
         rendezvous = make(settings.coordinator, own, deadline)
-        members, links = bring_together(rendezvous, settings, listener, deadline)
-    mesh = Mesh(members, settings.process_id, links, say, end_process)
-    peers = Peers(members, settings.process_id, mesh)
+        members, links = bring_together(rendezvous, settings, door, deadline)
+        stack.pop_all()  # it goes well: the mesh closes the door
+    mesh = Mesh(members, settings.process_id, links, door, say_last, end_process)
     mesh.start()
-    _Run.peers = peers
-    _Run.end = EndOfProgram(peers, catch_sigterm=not jax_client.handles_sigterm())
+    pulse = make_pulse(members, settings)
+    _Run.peers = Peers(members, settings.process_id, mesh, pulse)
+    _Run.end = EndOfProgram(_Run.peers, catch_sigterm)
     _Run.end.watch()
-    return peers
+    return _Run.peers
 
 
 def bring_together(
-    rendezvous: Rendezvous, settings: Settings, listener: socket.socket, deadline: float
+    rendezvous: Rendezvous, settings: Settings, door: Door, deadline: float
 ) -> tuple[list[Member], dict[int, Link]]:
     """Meets the others and connects to them; returns all, in order, and the links by process id.
 
     Args:
         rendezvous: how they meet.
         settings: how this process takes part.
-        listener: where the others connect to it.
+        door: where the others come in.
         deadline: when to give up, as `time.monotonic` has it.
 
     Raises:
@@ -220,7 +251,7 @@ def bring_together(
         members = rendezvous.meet()
         own_id, host = settings.process_id, settings.coordinator.host
         try:
-            links = connect_all(members, own_id, host, listener, deadline, rendezvous.look)
+            links = connect_all(members, own_id, host, door, deadline, rendezvous.look)
         except ClusterError as error:
             problem = str(error)
         try:
@@ -230,6 +261,17 @@ def bring_together(
                 link.close()
             raise
     return members, links
+
+
+def make_pulse(members: Sequence[Member], settings: Settings) -> Pulse:
+    """Starts what says to the others that this process lives."""
+    targets = []
+    for member in members:
+        if member.process_id != settings.process_id:
+            address = member.address.seen_from(settings.coordinator.host)
+            words = greeting(settings.process_id, member, is_pulse=True)
+            targets.append((address.host, address.port, words))
+    return Pulse(targets, encode({"kind": "pulse"}), beat_seconds(members))
 
 
 def _used_before() -> str | None:

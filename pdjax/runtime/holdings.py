@@ -10,7 +10,7 @@ import jax
 from pdjax.runtime.places import Places
 from pdjax.runtime.state import Run, StageState
 from pdjax.runtime.transport import Transport
-from pdjax.trees import is_key
+from pdjax.trees import is_key, place
 
 
 class Holdings:
@@ -44,17 +44,23 @@ class Holdings:
         home = stage if stage in homes else homes[0]
         source, value = self._find(run, index, home)
         target = self._places.of_stage(stage)[0]
+        if value is not None and not self._transport.here[target]:
+            value = [place(leaf, leaf.sharding) for leaf in value]  # steps donate what is held
         moved = self._transport.move(value, [self._shapes[index]], source, target)
         return None if moved is None else moved[0]
 
     def everywhere(self, run: Run) -> Iterator[jax.Array]:
-        """Every leaf, one by one, on some device of each process."""
+        """Every leaf, one by one, on some device of each process.
+
+        Ends when all processes have all of them: what is held may be donated from then on.
+        """
         found = [self._find(run, index, homes[0]) for index, homes in enumerate(self._homes)]
         for _, value in found:
             if value is not None and not is_key(value[0]):
                 value[0].copy_to_host_async()
         for (source, value), shape in zip(found, self._shapes, strict=True):
-            yield self._transport.broadcast(value, [shape], source)[0]
+            yield jax.block_until_ready(self._transport.broadcast(value, [shape], source)[0])
+        self._transport.meet()
 
     def _find(self, run: Run, index: int, home: int) -> tuple[int, list[Any] | None]:
         source = self._places.of_stage(home)[0]

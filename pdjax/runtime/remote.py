@@ -43,6 +43,7 @@ class TransferTransport:
         self._owners = (*owners, *range(peers.num_processes))
         own = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         self._shardings = (*placements, *[own] * peers.num_processes)
+        self._peers = peers
         self._process = peers.process_id
         self._end = len(owners)
         self._counts: Counter[tuple[int, int]] = Counter()
@@ -85,6 +86,10 @@ class TransferTransport:
         assert found is not None
         return found
 
+    def meet(self) -> None:
+        """As `Transport.meet`."""
+        self._peers.exchange("everybody has what was sent", None)
+
     def _name(self, source: int, target: int, number: int) -> int:
         name = self._run
         for part in (source, target):
@@ -126,6 +131,17 @@ def _raw_shape(shape: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
 
 
 def _cooked(value: jax.Array, shape: Any) -> jax.Array:
-    if not is_key(shape):
-        return value
-    return jax.random.wrap_key_data(value, impl=jax.random.key_impl(jax.eval_shape(lambda: shape)))
+    """Undoes `_raw`."""
+    return jax.random.wrap_key_data(value, impl=_impl_of(shape.dtype)) if is_key(shape) else value
+
+
+@cache
+def _impl_of(dtype: Any) -> str:
+    """The name of the generator of random keys of a type; only keys, or tracers, tell it."""
+    found: list[str] = []
+
+    def look(key: jax.Array) -> None:
+        found.append(str(jax.random.key_impl(key)))
+
+    jax.eval_shape(look, jax.ShapeDtypeStruct((), dtype))
+    return found[0]

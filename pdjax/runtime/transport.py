@@ -17,6 +17,7 @@ class Transport(Protocol):
 
     Every process must call `move` and `broadcast` for the same values in the same order, also for
     those that it neither has nor gets; it may leave out calls that concern other processes only.
+    What is moved must not be donated before it has arrived (see `meet`).
 
     Attributes:
         here: for each place whether this process runs it.
@@ -58,6 +59,10 @@ class Transport(Protocol):
         """
         ...
 
+    def meet(self) -> None:
+        """Waits until every process is here, and so has what it has waited for before."""
+        ...
+
 
 class LocalTransport:
     """Between devices of one process: the reading program moves its inputs itself.
@@ -83,3 +88,6 @@ class LocalTransport:
         del shapes, source
         assert values is not None, "all places are here"
         return values
+
+    def meet(self) -> None:
+        """Returns: there is no other process."""

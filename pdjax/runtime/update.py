@@ -31,6 +31,14 @@ class UpdateRunner:
             phase a pack of each source. The gradients are divided by the scalar
             `divisor`. The last phase reuses the memory of its state, and that of its weights if
             `donate_weights`, else of its gradients.
+
+    Args:
+        split: the update of all stages.
+        stage: the stage.
+        placement: where it is.
+        donate_weights: whether nobody needs the old weights any more.
+        divisor: the shape of the divisor.
+        num_minibatches: how many minibatches an update is for, out of the divisor.
     """
 
     def __init__(
@@ -41,8 +49,10 @@ class UpdateRunner:
         *,
         donate_weights: bool,
         divisor: jax.ShapeDtypeStruct,
+        num_minibatches: Callable[[Any], Any] = lambda _: 1,
     ) -> None:
         self._split = split
+        self._num_minibatches = num_minibatches
         self._stage = stage
         self._update = split.stages[stage]
         self.num_phases = len(self._update.phases)
@@ -105,6 +115,9 @@ class UpdateRunner:
             divisor: Any,
         ) -> Any:
             values: dict[Atom, Any] = {**split.consts}
+            if split.num_minibatches is not None:
+                count = jnp.asarray(self._num_minibatches(divisor), jnp.int32)
+                values[split.num_minibatches] = count
             values |= zip((split.params[i] for i in update.params), weights, strict=True)
             values |= zip((split.state[i] for i in update.state), state, strict=True)
             values |= self._gradients(gradients, divisor)

@@ -1,0 +1,157 @@
+"""Data parallelism, model parallelism, GPipe and PipeDream on four hosts with slow links.
+
+    sudo python experiments/bandwidth/benchmark.py [--model vgg16 lstm] [--rounds 2] [--steps 8]
+
+The hosts are network namespaces of this machine (see experiments/cluster). Their links are shaped
+so that data parallelism spends 80 % of its time communicating, then four and sixteen times as
+fast. The systems take turns. Prints Markdown, and writes results.json.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from pdjax.planner import PlanOptions, plan_pipeline
+from pdjax.profile_files import load_profile
+from pdjax.topology import Topology
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "cluster"))
+from cluster import Cluster
+
+NUM_HOSTS, COMMUNICATION_SHARE = 4, 0.8
+SYSTEMS = ("data parallel", "PipeDream", "model parallel", "GPipe")
+FASTER = (1, 4, 16)
+NAMES = {"data parallel": "data parallelism", "model parallel": "model parallelism, 4 stages"}
+
+
+def measured_profile(model, folder):
+    """The layers of the model, measured on one core, as slow as they are where cores are shared."""
+    path = folder / f"{model}.json"
+    command = [sys.executable, HERE / "worker.py", "profile", model, path]
+    subprocess.run(["taskset", "-c", "0", *command], check=True)
+    profile = load_profile(path)
+    share = max(1, NUM_HOSTS / len(os.sched_getaffinity(0)))
+    layers = tuple(
+        replace(layer, forward_s=layer.forward_s * share, backward_s=layer.backward_s * share)
+        for layer in profile.layers
+    )
+    return replace(profile, layers=layers)
+
+
+def slow_rate(profile):
+    """Bytes per second at which an all-reduce takes four times as long as the passes."""
+    compute_s = sum(layer.forward_s + layer.backward_s for layer in profile.layers)
+    size = sum(layer.param_bytes for layer in profile.layers)
+    ring = 2 * (NUM_HOSTS - 1) / NUM_HOSTS * size
+    return ring / (compute_s * COMMUNICATION_SHARE / (1 - COMMUNICATION_SHARE))
+
+
+def plans_for(profile, rate, folder):
+    """The planner's plan, and the fastest of one stage for each host; with their files."""
+    topology = Topology.parse(f"{NUM_HOSTS}@{rate / 1e6:.3f}MB/s")
+    common = {"schedule": "pipedream", "optimizer_bytes_per_param_byte": 1.0}
+    plan = plan_pipeline(profile, topology, PlanOptions(**common))
+    options = PlanOptions(**common, num_stages=NUM_HOSTS, straight=True)
+    straight = plan_pipeline(profile, topology, options)
+    for name, made in (("plan", plan), ("straight", straight)):
+        made.save(folder / f"{name}.json")
+    return plan, straight
+
+
+def run(cluster, system, model, plan, steps, cache):
+    """What the first process of a system says of it."""
+    command = [sys.executable, HERE / "worker.py", system, model, plan, steps]
+    said = io.StringIO()
+    told = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu"}
+    told |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+    with contextlib.redirect_stdout(said):
+        code = cluster.run(list(map(str, command)), environment=told)
+    lines = [line for line in said.getvalue().splitlines() if "RESULT " in line]
+    if code or not lines:
+        raise SystemExit(f"{system} on {model} failed with {code}:\n{said.getvalue()}")
+    return json.loads(lines[0].partition("RESULT ")[2])
+
+
+def predicted(plan, system):
+    """Examples per second that the planner predicts, for what it was asked about."""
+    said = plan.prediction
+    name = NAMES.get(system, system)
+    found = [s for s in said.others if s.name.startswith(name)]
+    chosen = said.chosen if system == "PipeDream" else (found[0] if found else None)
+    return None if chosen is None else said.batch_size / chosen.microbatch_s
+
+
+def compare(cluster, model, profile, rate, systems, options, folder):
+    """The systems in turns at one rate; for each its figures, round by round."""
+    plan, _ = plans_for(profile, rate, folder)
+    cluster.set_rate(f"{rate * 8 / 1e6:.3f}mbit")
+    print(f"\n{model} at {rate * 8 / 1e6:.0f} Mbit/s\n\n```\n{plan}\n```", flush=True)
+    found = {system: [] for system in systems}
+    for _ in range(options.rounds):
+        for system in systems:
+            file = folder / ("plan.json" if system == "PipeDream" else "straight.json")
+            made = run(cluster, system, model, file, options.steps, folder / "cache")
+            found[system].append(made)
+            print(made, file=sys.stderr, flush=True)
+    return {
+        "model": model,
+        "mbit_per_s": rate * 8 / 1e6,
+        "compute_s": sum(layer.forward_s + layer.backward_s for layer in profile.layers),
+        "predicted": {system: predicted(plan, system) for system in systems},
+        "measured": found,
+    }
+
+
+def table(result):
+    """One rate as Markdown."""
+    measured = result["measured"]
+    base = [one["examples_per_s"] for one in measured["data parallel"]]
+    sent = np.median([one["bytes_per_example"] for one in measured["data parallel"]])
+    print("| | replicas | examples/s | over data parallelism | predicted | kB/example | fewer |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    for system, rounds in measured.items():
+        rate = [one["examples_per_s"] for one in rounds]
+        ratios = np.divide(rate, base)
+        size = np.median([one["bytes_per_example"] for one in rounds])
+        said = result["predicted"][system]
+        print(
+            f"| {system} | {'-'.join(map(str, rounds[0]['replicas']))} | {np.median(rate):.2f} | "
+            f"{np.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) | "
+            f"{'' if said is None else f'{said:.2f}'} | {size / 1e3:,.0f} | "
+            f"{1 - size / sent:.1%} |"
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Four systems on slow links.")
+    parser.add_argument("--model", nargs="*", default=["vgg16", "lstm"])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--faster", type=int, nargs="*", default=FASTER)
+    options = parser.parse_args()
+    results = []
+    with tempfile.TemporaryDirectory() as temporary, Cluster(NUM_HOSTS) as cluster:
+        folder = Path(temporary)
+        for model in options.model:
+            profile = measured_profile(model, folder)
+            slow = slow_rate(profile)
+            for factor in options.faster:
+                systems = SYSTEMS if factor == 1 else SYSTEMS[:2]
+                rate = slow * factor
+                results.append(compare(cluster, model, profile, rate, systems, options, folder))
+                table(results[-1])
+                (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

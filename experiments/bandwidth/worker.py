@@ -1,0 +1,86 @@
+"""What runs on each host: builds a system, takes steps, and counts what its interface sends.
+
+    python worker.py profile MODEL FILE          measures the layers, on one host
+    python worker.py SYSTEM MODEL PLAN STEPS     trains; the first process prints a line of JSON
+
+A step is a minibatch of so many examples as the host takes at a time, for each host under data
+parallelism and GPipe; the seconds are those between two losses far apart, in the steady state.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+from models import BATCH_SIZE, make_model, make_optimizer
+
+import pdjax
+from pdjax import distributed
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "cluster"))
+from counters import own_counters
+
+GPIPE_MICROBATCHES = 8
+SCHEDULES = {"PipeDream": "pipedream", "model parallel": "model_parallel", "GPipe": "gpipe"}
+
+
+def profile(model, path):
+    loss_fn, init, batch = make_model(model, BATCH_SIZE[model])
+    pipe = pdjax.Pipeline(loss_fn, make_optimizer(), schedule="pipedream")
+    pipe.profile(jax.eval_shape(init), batch).save(path)
+
+
+def make_pipeline(system, model, plan, num_hosts):
+    """The pipeline, a function that makes its initial parameters, and a minibatch."""
+    count = {"GPipe": GPIPE_MICROBATCHES, "data parallel": num_hosts}.get(system, 1)
+    loss_fn, init, batch = make_model(model, BATCH_SIZE[model] * count)
+    schedule = pdjax.one_f_one_b(1, num_hosts, replicas=(num_hosts,))
+    if system != "data parallel":
+        schedule = SCHEDULES[system]
+    pipe = pdjax.Pipeline(
+        loss_fn,
+        make_optimizer(),
+        schedule=schedule,
+        num_microbatches=None if system == "PipeDream" else count,
+        plan="balanced" if system == "data parallel" else plan,
+    )
+    return pipe, init, batch
+
+
+def measure(pipe, state, batch, steps):
+    """Seconds of a step, and bytes that this host sends in it, in the steady state."""
+    metrics, marks = {}, []
+    for count in (2 + pipe.schedule.lag, steps):
+        for _ in range(count):
+            state, metrics = pipe.step(state, batch)
+        metrics["loss"].block_until_ready()
+        marks.append((time.perf_counter(), own_counters()))
+    (start_s, before), (end_s, after) = marks
+    return state, (end_s - start_s) / steps, (after - before).sent_bytes / steps
+
+
+def train(system, model, plan, steps):
+    peers = distributed.initialize()
+    pipe, init, batch = make_pipeline(system, model, plan, peers.num_processes)
+    state = pipe.init(init, batch)
+    state, step_s, sent = measure(pipe, state, batch, steps)
+    pipe.drain(state)
+    said = peers.exchange("what was measured", [step_s, sent])
+    if peers.process_id == 0:
+        size = len(batch["y"])
+        figures = {
+            "system": system,
+            "replicas": pipe.schedule.replicas,
+            "examples_per_s": size / max(one for one, _ in said),
+            "bytes_per_example": sum(one for _, one in said) / size,
+        }
+        print("RESULT " + json.dumps(figures), flush=True)
+
+
+if __name__ == "__main__":
+    given = sys.argv[1:]
+    if given[0] == "profile":
+        profile(given[1], given[2])
+    else:
+        train(given[0], given[1], given[2], int(given[3]))

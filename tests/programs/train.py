@@ -1,0 +1,25 @@
+"""Runs a group of `tests/trainings.py` as one of several processes, and writes what came out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import trainings
+
+from pdjax import distributed
+
+name_of_group, folder = sys.argv[1:]
+group = trainings.GROUPS[name_of_group]
+jax.config.update("jax_num_cpu_devices", group.num_devices)
+jax.config.update("jax_enable_x64", True)
+process_id = distributed.initialize().process_id
+for name, training in group.trainings.items():
+    found: Any = trainings.run(training)
+    np.savez(Path(folder) / f"{name}-{process_id}.npz", **found)
