@@ -27,7 +27,7 @@ from pdjax.distributed.mesh import Mesh
 from pdjax.distributed.peers import Peers
 from pdjax.distributed.relay import Relay
 from pdjax.distributed.rendezvous import listen_at, listen_for_peers
-from pdjax.distributed.settings import Settings, device_ids, given_or_environment
+from pdjax.distributed.settings import VARIABLES, Settings, device_ids, given_or_environment
 from pdjax.distributed.starting import bring_together, initialize, is_needed
 from pdjax.errors import ClusterError
 from pdjax.launch import free_port
@@ -123,6 +123,12 @@ def everywhere(everyone: list[Any], work) -> list:
 
 
 # --- coming together
+
+
+@pytest.fixture(autouse=True)
+def nothing_in_the_environment(monkeypatch):
+    for name in VARIABLES.values():
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ class Mesh:
         self._patience_s = members[own_id].lost_peer_timeout_s * _PATIENCE
         self._beat_s = beat_seconds(members)
         self._changed = threading.Condition()
-        self._outbox: list[bytes] = []
+        self._sending = threading.Lock()
         self._over = False
         self._deaf = False
         self._stopping = False
@@ -101,9 +101,9 @@ class Mesh:
         Raises:
             TypeError, ValueError: if JSON has no form for it, or it is too long.
         """
-        frame = encode(message)
-        with self._changed:
-            self._outbox.append(frame)
+        # Sent from here, not by the mesh's thread, which may not run for long if this one goes on
+        # to keep the interpreter lock. So are the news of this process, that the others have them.
+        self._tell(self._news() + encode(message))
         self._wake()
 
     def wait_for_goodbyes(self) -> None:
@@ -158,9 +158,9 @@ class Mesh:
         awake_at = beat_at = time.monotonic()
         while not self._stopping:
             if time.monotonic() >= beat_at:
-                self._beat()
+                self._tell(self._news())
                 beat_at = time.monotonic() + self._beat_s
-            self._send()
+            self._flush()
             ready = self._selector.select(max(0.0, beat_at - time.monotonic()))
             now = time.monotonic()
             self._forgive(now - awake_at, now)
@@ -176,27 +176,24 @@ class Mesh:
             for link in (*self._links.values(), *self._pulses.values()):
                 link.heard_at = min(link.heard_at + slept_s, now)
 
-    def _beat(self) -> None:
+    def _news(self) -> bytes:
         completed = self.standings[self._own_id].num_minibatches
-        self._queue(encode({"kind": "alive", "num_minibatches": completed}))
+        return encode({"kind": "alive", "num_minibatches": completed})
 
-    def _send(self) -> None:
-        with self._changed:
-            frames, self._outbox = self._outbox, []
-        if frames:
-            self._beat()  # the others are as well informed as they can be
-        for frame in frames:
-            self._queue(frame)
-        for _number, link in self._links.items():
-            link.flush()
+    def _tell(self, frame: bytes) -> None:
+        with self._sending:
+            for link in self._links.values():
+                link.send(frame)
+
+    def _flush(self) -> None:
+        """Sends what could not be sent before, as far as that goes now."""
+        for link in self._links.values():
+            with self._sending:
+                link.flush()
             events = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.has_outgoing else 0)
             key = self._selector.get_key(link)
             if key.events != events:
                 self._selector.modify(link, events, key.data)
-
-    def _queue(self, frame: bytes) -> None:
-        for link in self._links.values():
-            link.send(frame)
 
     def _read(self, ready: Sequence[tuple[selectors.SelectorKey, int]], now: float) -> Loss | None:
         """Hears what has come; returns the first loss that it means."""
@@ -263,9 +260,10 @@ class Mesh:
         return None
 
     def _part(self, number: int) -> Loss | None:
-        link = self._links.pop(number)
-        self._selector.unregister(link)
-        link.close()
+        with self._sending:
+            link = self._links.pop(number)
+            self._selector.unregister(link)
+            link.close()
         if self.standings[number].has_ended:
             return None
         return Loss(number, f"was killed or crashed: its connection ended ({link.ended})")
@@ -277,12 +275,12 @@ class Mesh:
         may be lost with it.
         """
         end = time.monotonic() + timeout_s
-        self._send()
         while self._links and time.monotonic() < end:
             for number, link in list(self._links.items()):
-                link.flush()
-                if not link.has_outgoing:
-                    link.finish()
+                with self._sending:
+                    link.flush()
+                    if not link.has_outgoing:
+                        link.finish()
                 link.skim(0.0)
                 if link.ended is not None:
                     self._part(number)
@@ -308,7 +306,7 @@ class Mesh:
     def _lose(self, loss: Loss) -> str:
         """Tells the others; returns the message for this process."""
         lost = self.standings[loss.process_id]
-        self._queue(encode({"kind": "lost", **asdict(loss), **lost.known()}))
+        self._tell(encode({"kind": "lost", **asdict(loss), **lost.known()}))
         own = self.standings[self._own_id]
         if loss.process_id == self._own_id:
             return explain_given_up(loss, own)
