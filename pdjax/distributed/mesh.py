@@ -24,10 +24,8 @@ from pdjax.distributed.exchanges import Exchanges
 from pdjax.distributed.frames import ForeignError, Link, Message, encode
 from pdjax.distributed.loss import Loss, Standing, explain, explain_given_up
 from pdjax.distributed.members import Member
+from pdjax.distributed.silence import Silence, beat_seconds
 
-_BEATS = 20  # in the time within which a loss ends the others
-_SILENT_PART = 0.7  # of that time; the rest is for telling the others, and for ending
-_PATIENCE = 12  # times as long a process may run no Python, if its pulse is heard
 _TELL_S = 0.2
 _FAREWELL_S = 1.0
 _POLL_S = 0.002
@@ -66,8 +64,7 @@ class Mesh:
         self._pulses: dict[int, Link] = {}
         self._on_lost = on_lost
         self._on_end = on_end
-        self._silence_s = members[own_id].lost_peer_timeout_s * _SILENT_PART
-        self._patience_s = members[own_id].lost_peer_timeout_s * _PATIENCE
+        self._silence = Silence(members[own_id])
         self._beat_s = beat_seconds(members)
         self._changed = threading.Condition()
         self._sending = threading.Lock()
@@ -287,21 +284,12 @@ class Mesh:
             time.sleep(_POLL_S)
 
     def _find_silent(self, now: float) -> Loss | None:
-        for number, link in self._links.items():
-            silent_s = now - link.heard_at
-            pulse = self._pulses.get(number)
-            pulseless_s = silent_s if pulse is None else min(silent_s, now - pulse.heard_at)
-            if self.standings[number].has_ended:
-                continue
-            if pulseless_s > self._silence_s:
-                return Loss(
-                    number,
-                    f"was not heard for {pulseless_s:.1f} s: it hangs or is stopped, or its host "
-                    "or the network is down",
-                )
-            if silent_s > self._patience_s:
-                return Loss(number, f"hangs: it has run no Python for {silent_s:.0f} s")
-        return None
+        awaited = {
+            number: link
+            for number, link in self._links.items()
+            if not self.standings[number].has_ended
+        }
+        return self._silence.find_lost(awaited, self._pulses, now)
 
     def _lose(self, loss: Loss) -> str:
         """Tells the others; returns the message for this process."""
@@ -323,11 +311,6 @@ class Mesh:
         self._door.close()
         self._wake_reader.close()
         self._wake_writer.close()
-
-
-def beat_seconds(members: Sequence[Member]) -> float:
-    """The time between two signs of life: everybody's, as the least patient expects."""
-    return min(member.lost_peer_timeout_s for member in members) / _BEATS
 
 
 def _close_in_children(mesh: Mesh) -> None:
