@@ -12,8 +12,11 @@ import io
 import json
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "cluster"))
 from cluster import Cluster
 
 WIDTH, NUM_LAYERS, NUM_EXAMPLES, STEPS, RATE = 1024, 4, 512, 24, "200mbit"
@@ -45,7 +48,7 @@ def train(lag):
     marks = []
     for count in (8, STEPS):
         for _ in range(count):
-            state, metrics = pipe.step(state, batch)
+            state, _ = pipe.step(state, batch)
         jax.block_until_ready([held.weights for held in state.run.stages])
         marks.append(time.perf_counter())
     pipe.drain(state)
