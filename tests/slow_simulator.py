@@ -163,9 +163,10 @@ class Slow:
             return
         for worker in holders:
             actions = self.lists[worker]
-            at = actions.index(Action("U", stage, open_[0]))
             gradients = [
-                n for n in range(at) if actions[n].stage == stage and actions[n].kind in "BW"
+                n
+                for n, (kind, of, microbatch) in enumerate(actions)
+                if of == stage and kind in "BW" and microbatch <= open_[0]
             ]
             if gradients and self.done[worker] <= gradients[-1]:
                 return

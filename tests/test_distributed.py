@@ -27,7 +27,8 @@ from pdjax.distributed.mesh import Mesh
 from pdjax.distributed.peers import Peers
 from pdjax.distributed.relay import Relay
 from pdjax.distributed.rendezvous import listen_at, listen_for_peers
-from pdjax.distributed.settings import Settings, device_ids, given_or_environment
+from pdjax.distributed.settings import VARIABLES, Settings, device_ids, given_or_environment
+from pdjax.distributed.silence import Silence
 from pdjax.distributed.starting import bring_together, initialize, is_needed
 from pdjax.errors import ClusterError
 from pdjax.launch import free_port
@@ -123,6 +124,12 @@ def everywhere(everyone: list[Any], work) -> list:
 
 
 # --- coming together
+
+
+@pytest.fixture(autouse=True)
+def nothing_in_the_environment(monkeypatch):
+    for name in VARIABLES.values():
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -463,8 +470,9 @@ def test_several_threads_exchange():
 
 def test_ending_at_different_times_is_no_loss():
     with run_of(3) as (everyone, losses), ThreadPoolExecutor(3) as pool:
+        everyone[2].completed(5)
         first = pool.submit(everyone[2].close)
-        wait_until(lambda: everyone[0]._mesh.standings[2].has_ended)
+        wait_until(lambda: everyone[0].ended() == {2: 5})
         assert not first.done()
         rest = [pool.submit(peers.close) for peers in everyone[:2]]
         for future in (first, *rest):
@@ -490,6 +498,22 @@ def test_an_end_of_connection_after_a_goodbye_is_no_loss():
         time.sleep(0.1)
         assert all(heard.empty() for heard in losses)
         everywhere(everyone, Peers.close)
+
+
+def test_the_goodbye_is_not_lost_though_the_others_still_talk():
+    """A connection that is closed while something unread has come would be reset."""
+    with run_of(2, raw=[1]) as (everyone, _), ThreadPoolExecutor(1) as pool:
+        everyone[1].say(kind="goodbye")
+        link = everyone[1].links[0]
+        closing = pool.submit(everyone[0].close)
+        heard = []
+        while link.ended is None:
+            everyone[1].say(kind="alive", num_minibatches=1)
+            heard += link.read(0.0)
+        assert link.ended == "closed"
+        assert {"kind": "goodbye"} in heard
+        everyone[1].crash()
+        closing.result(WAIT_S)
 
 
 def test_no_exchange_with_one_that_has_ended():
@@ -545,11 +569,34 @@ def test_silence_is_noticed_in_time():
     with run_of(3, raw=[1], lost_s=1.5) as (everyone, losses):
         start = time.monotonic()
         texts = [losses[number].get(timeout=WAIT_S) for number in (0, 2)]
-        assert 0.9 < time.monotonic() - start < 1.5
+        assert 1.0 < time.monotonic() - start < 1.5
         for text in texts:
             assert "process 1" in text
             assert "it hangs or is stopped, or its host or the network is down" in text
         assert isinstance(everyone[1], Process)
+
+
+def test_who_hears_nobody_may_be_cut_off_itself():
+    with run_of(3, raw=[0, 2], lost_s=1.0) as (everyone, losses):
+        text = losses[1].get(timeout=WAIT_S)
+        assert "was not heard for" in text
+        assert f"nor was any other by process 1, so its own host {socket.gethostname()}" in text
+        assert isinstance(everyone[0], Process)
+
+
+def test_a_process_that_runs_no_python_at_all_is_lost_in_the_end():
+    own = introduce(0, 2, Address("", 1), VERSIONS, 10.0)
+    near, far = tcp_pair()
+    link, pulse = Link(near), Link(far)
+    silence = Silence(own)
+    pulse.heard_at = 100.0
+    assert silence.find_lost({1: link}, {1: pulse}, 101.0) is None
+    pulse.heard_at = 121.0
+    lost = silence.find_lost({1: link}, {1: pulse}, 121.0)
+    assert lost is not None
+    assert lost.reason == "hangs: it has run no Python for 121 s"
+    link.close()
+    pulse.close()
 
 
 def test_no_false_alarm():
@@ -572,10 +619,14 @@ def test_all_name_the_first_cause():
     """Process 2 sees nothing of the crash itself, and then process 0 ends, too."""
     with run_of(3, raw=[1]) as (everyone, losses):
         still_open = everyone[1].links.pop(2)
+        everyone[1].say(kind="stages", stages="stage 1: head")
+        everyone[1].say(kind="alive", num_minibatches=41)
         everyone[1].crash()
         for number in (0, 2):
             text = losses[number].get(timeout=WAIT_S)
             assert text.startswith("error: process 1 ")
+            assert ", stage 1: head, was killed" in text
+            assert "It had completed 41 minibatches" in text
         assert "(noticed by process 0)" in text
         assert losses[2].empty()
         still_open.close()

@@ -178,8 +178,11 @@ def schedules(draw) -> Schedule:
         m = max(m, n) if name == "pipedream_2bw" else m
         return algorithm.make(n * chunks, m if algorithm.divides else 1)
     replicas = draw(st.lists(st.integers(1, 3), min_size=n, max_size=n))
-    order, count = draw(st.sampled_from([(one_f_one_b, m), (pipedream, 1)]))
-    return order(n, count, replicas=replicas, slack=draw(st.integers(0, 1)))
+    slack = draw(st.integers(0, 1))
+    if draw(st.booleans()):
+        return one_f_one_b(n, m, replicas=replicas, slack=slack)
+    lag = draw(st.integers(0, 2))
+    return pipedream(n, replicas=replicas, slack=slack, update_lag=lag)
 
 
 @st.composite

@@ -188,6 +188,7 @@ def _cases() -> list[tuple[Schedule, WeightRule]]:
             schedule = algorithm.make(num_workers * algorithm.num_chunks, m)
             found.append((schedule, algorithm.weight_rule))
     found.append((schedules.pipedream(3, replicas=(2, 3, 1)), STASH))
+    found.append((schedules.pipedream(2, replicas=(2, 1), update_lag=1), STASH))
     found.append((schedules.one_f_one_b(2, 5, replicas=(2, 1)), LATEST))
     return found
 

@@ -1,7 +1,8 @@
 """How a process of a run ends: well, by its own failure, or because another is lost.
 
 Python tells nobody at exit whether the program succeeded, so an uncaught exception is noted by
-`sys.excepthook`, and the code of `sys.exit` by a wrapper around it.
+`sys.excepthook`, and the code of `sys.exit` by a wrapper around it. What remains unseen is a bare
+``raise SystemExit(3)``: the others take it for a good end.
 """
 
 from __future__ import annotations
@@ -99,7 +100,9 @@ class EndOfProgram:
     def _on_exception(
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
-        if issubclass(kind, KeyboardInterrupt):
+        if hasattr(sys, "ps1"):
+            pass  # at a prompt, where the program goes on
+        elif issubclass(kind, KeyboardInterrupt):
             self._code = 128 + signal.SIGINT
             self._peers.leave("was ended by SIGINT")
         else:

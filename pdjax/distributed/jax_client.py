@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,16 +102,38 @@ def initialize(
     make_room()
     # JAX's answer to SIGTERM would be to note it and live on, until the program asks about it.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(
-        joined.coordinator,
-        joined.num_processes,
-        joined.process_id,
-        local_device_ids,
-        cluster_detection_method="deactivate",
-        initialization_timeout=max(int(timeout_s), 1),
-        shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT_S,
-        coordinator_bind_address=bind_address,
-    )
+    with _without_proxy(joined.coordinator.rpartition(":")[0]):
+        jax.distributed.initialize(
+            joined.coordinator,
+            joined.num_processes,
+            joined.process_id,
+            local_device_ids,
+            cluster_detection_method="deactivate",
+            initialization_timeout=max(int(timeout_s), 1),
+            shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT_S,
+            coordinator_bind_address=bind_address,
+        )
+
+
+@contextlib.contextmanager
+def _without_proxy(host: str) -> Iterator[None]:
+    """Inside, no HTTP proxy that the environment names is used to reach that host."""
+    if not any(os.environ.get(name) for name in ("grpc_proxy", "https_proxy", "http_proxy")):
+        yield
+        return
+    variable = "no_grpc_proxy"
+    before = os.environ.get(variable)
+    others = before if before is not None else os.environ.get("no_proxy", "")
+    os.environ[variable] = f"{others},{host}".lstrip(",")
+    jax.config.update("jax_check_proxy_envs", False)  # it would warn of what is solved here
+    try:
+        yield
+    finally:
+        jax.config.update("jax_check_proxy_envs", True)
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 def make_room() -> None:

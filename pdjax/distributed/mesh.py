@@ -25,10 +25,8 @@ from pdjax.distributed.frames import ForeignError, Link, Message, encode
 from pdjax.distributed.loss import Loss, Standing, explain, explain_given_up
 from pdjax.distributed.members import Member
 from pdjax.distributed.rendezvous import is_loopback
+from pdjax.distributed.silence import Silence, beat_seconds
 
-_BEATS = 20  # in the time within which a loss ends the others
-_SILENT_PART = 0.7  # of that time; the rest is for telling the others, and for ending
-_PATIENCE = 12  # times as long a process may run no Python, if its pulse is heard
 _TELL_S = 0.2
 _FAREWELL_S = 1.0
 _POLL_S = 0.002
@@ -69,11 +67,10 @@ class Mesh:
         self._pulses: dict[int, Link] = {}
         self._on_lost = on_lost
         self._on_end = on_end
-        self._silence_s = members[own_id].lost_peer_timeout_s * _SILENT_PART
-        self._patience_s = members[own_id].lost_peer_timeout_s * _PATIENCE
+        self._silence = Silence(members[own_id])
         self._beat_s = beat_seconds(members)
         self._changed = threading.Condition()
-        self._outbox: list[bytes] = []
+        self._sending = threading.Lock()
         self._over = False
         self._deaf = False
         self._stopping = False
@@ -104,9 +101,9 @@ class Mesh:
         Raises:
             TypeError, ValueError: if JSON has no form for it, or it is too long.
         """
-        frame = encode(message)
-        with self._changed:
-            self._outbox.append(frame)
+        # Sent from here, not by the mesh's thread, which may not run for long if this one goes on
+        # to keep the interpreter lock. So are the news of this process, that the others have them.
+        self._tell(self._news() + encode(message))
         self._wake()
 
     def wait_for_goodbyes(self) -> None:
@@ -161,9 +158,9 @@ class Mesh:
         awake_at = beat_at = time.monotonic()
         while not self._stopping:
             if time.monotonic() >= beat_at:
-                self._beat()
+                self._tell(self._news())
                 beat_at = time.monotonic() + self._beat_s
-            self._send()
+            self._flush()
             ready = self._selector.select(max(0.0, beat_at - time.monotonic()))
             now = time.monotonic()
             self._forgive(now - awake_at, now)
@@ -179,27 +176,24 @@ class Mesh:
             for link in (*self._links.values(), *self._pulses.values()):
                 link.heard_at = min(link.heard_at + slept_s, now)
 
-    def _beat(self) -> None:
+    def _news(self) -> bytes:
         completed = self.standings[self._own_id].num_minibatches
-        self._queue(encode({"kind": "alive", "num_minibatches": completed}))
+        return encode({"kind": "alive", "num_minibatches": completed})
 
-    def _send(self) -> None:
-        with self._changed:
-            frames, self._outbox = self._outbox, []
-        if frames:
-            self._beat()  # the others are as well informed as they can be
-        for frame in frames:
-            self._queue(frame)
-        for _number, link in self._links.items():
-            link.flush()
+    def _tell(self, frame: bytes) -> None:
+        with self._sending:
+            for link in self._links.values():
+                link.send(frame)
+
+    def _flush(self) -> None:
+        """Sends what could not be sent before, as far as that goes now."""
+        for link in self._links.values():
+            with self._sending:
+                link.flush()
             events = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.has_outgoing else 0)
             key = self._selector.get_key(link)
             if key.events != events:
                 self._selector.modify(link, events, key.data)
-
-    def _queue(self, frame: bytes) -> None:
-        for link in self._links.values():
-            link.send(frame)
 
     def _read(self, ready: Sequence[tuple[selectors.SelectorKey, int]], now: float) -> Loss | None:
         """Hears what has come; returns the first loss that it means."""
@@ -266,9 +260,10 @@ class Mesh:
         return None
 
     def _part(self, number: int) -> Loss | None:
-        link = self._links.pop(number)
-        self._selector.unregister(link)
-        link.close()
+        with self._sending:
+            link = self._links.pop(number)
+            self._selector.unregister(link)
+            link.close()
         if self.standings[number].has_ended:
             return None
         return Loss(number, f"was killed or crashed: its connection ended ({link.ended})")
@@ -280,38 +275,29 @@ class Mesh:
         may be lost with it.
         """
         end = time.monotonic() + timeout_s
-        self._send()
         while self._links and time.monotonic() < end:
             for number, link in list(self._links.items()):
-                link.flush()
-                if not link.has_outgoing:
-                    link.finish()
+                with self._sending:
+                    link.flush()
+                    if not link.has_outgoing:
+                        link.finish()
                 link.skim(0.0)
                 if link.ended is not None:
                     self._part(number)
             time.sleep(_POLL_S)
 
     def _find_silent(self, now: float) -> Loss | None:
-        for number, link in self._links.items():
-            silent_s = now - link.heard_at
-            pulse = self._pulses.get(number)
-            pulseless_s = silent_s if pulse is None else min(silent_s, now - pulse.heard_at)
-            if self.standings[number].has_ended:
-                continue
-            if pulseless_s > self._silence_s:
-                return Loss(
-                    number,
-                    f"was not heard for {pulseless_s:.1f} s: it hangs or is stopped, or its host "
-                    "or the network is down",
-                )
-            if silent_s > self._patience_s:
-                return Loss(number, f"hangs: it has run no Python for {silent_s:.0f} s")
-        return None
+        awaited = {
+            number: link
+            for number, link in self._links.items()
+            if not self.standings[number].has_ended
+        }
+        return self._silence.find_lost(awaited, self._pulses, now)
 
     def _lose(self, loss: Loss) -> str:
         """Tells the others; returns the message for this process."""
         lost = self.standings[loss.process_id]
-        self._queue(encode({"kind": "lost", **asdict(loss), **lost.known()}))
+        self._tell(encode({"kind": "lost", **asdict(loss), **lost.known()}))
         own = self.standings[self._own_id]
         if loss.process_id == self._own_id:
             return explain_given_up(loss, own)
@@ -328,11 +314,6 @@ class Mesh:
         self._door.close()
         self._wake_reader.close()
         self._wake_writer.close()
-
-
-def beat_seconds(members: Sequence[Member]) -> float:
-    """The time between two signs of life: everybody's, as the least patient expects."""
-    return min(member.lost_peer_timeout_s for member in members) / _BEATS
 
 
 def _close_in_children(mesh: Mesh) -> None:

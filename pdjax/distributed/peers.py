@@ -90,6 +90,17 @@ class Peers:
         """Says how many minibatches this process has completed; costs next to nothing."""
         self._standing.num_minibatches = num_minibatches
 
+    def ended(self) -> dict[int, int | None]:
+        """The other processes that have ended well, and how many minibatches each had completed.
+
+        Nothing can be computed together with them any more. None stands for one that never said.
+        """
+        return {
+            number: standing.num_minibatches
+            for number, standing in enumerate(self._mesh.standings)
+            if standing.has_ended
+        }
+
     def fail(self, reason: str) -> None:
         """Tells the others that this process ends before its time, so that they end, too.
 

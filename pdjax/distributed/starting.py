@@ -16,7 +16,7 @@ from pdjax.distributed.frames import Link, encode
 from pdjax.distributed.guest import Guest
 from pdjax.distributed.host import Host
 from pdjax.distributed.members import Address, Member, introduce
-from pdjax.distributed.mesh import Mesh, beat_seconds
+from pdjax.distributed.mesh import Mesh
 from pdjax.distributed.peers import Peers
 from pdjax.distributed.pulse import Pulse
 from pdjax.distributed.relay import Relay
@@ -28,6 +28,7 @@ from pdjax.distributed.settings import (
     device_ids,
     given_or_environment,
 )
+from pdjax.distributed.silence import beat_seconds
 from pdjax.errors import ClusterError
 
 # JAX, and what needs it, is imported where it is used: the rest works, and is tested, without.

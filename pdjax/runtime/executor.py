@@ -177,15 +177,16 @@ class Executor:
     def _backward(self, step: Step, place: int, microbatch: int) -> Any:
         run, state = step.run, step.run.stages[place]
         passes, _, weights, given, saved = state.stash.pop(microbatch)
+        update = self._update_of(run, place, microbatch)
         runner = passes.stages[place]
         made = runner.backward(
             state.weights if weights is None else weights,
             given,
             saved,
             _cotangents(state, microbatch),
-            state.gradients,
+            state.gradients.pop(update, None),
         )
-        state.gradients, returns = made
+        state.gradients[update], returns = made
         self._tally(run, place, -passes.stash_bytes[place])
         self._return(run, passes, place, microbatch, returns)
         return made
@@ -193,15 +194,16 @@ class Executor:
     def _input_part(self, step: Step, place: int, microbatch: int) -> Any:
         run, state = step.run, step.run.stages[place]
         passes, version, weights, given, saved = state.stash.pop(microbatch)
+        update = self._update_of(run, place, microbatch)
         runner = passes.stages[place].divided
         made = runner.input_part(
             state.weights if weights is None else weights,
             given,
             saved,
             _cotangents(state, microbatch),
-            state.gradients,
+            state.gradients.pop(update, None),
         )
-        state.gradients, returns, held = made
+        state.gradients[update], returns, held = made
         state.halfway[microbatch] = Kept(passes, version, weights, *held)
         self._tally(run, place, passes.held_bytes[place] - passes.stash_bytes[place])
         self._return(run, passes, place, microbatch, returns)
@@ -210,11 +212,14 @@ class Executor:
     def _weight_part(self, step: Step, place: int, microbatch: int) -> Any:
         run, state = step.run, step.run.stages[place]
         passes, _, weights, given, values = state.halfway.pop(microbatch)
-        state.gradients = passes.stages[place].divided.weight_part(
-            state.weights if weights is None else weights, Held(given, values), state.gradients
+        update = self._update_of(run, place, microbatch)
+        state.gradients[update] = sums = passes.stages[place].divided.weight_part(
+            state.weights if weights is None else weights,
+            Held(given, values),
+            state.gradients.pop(update, None),
         )
         self._tally(run, place, -passes.held_bytes[place])
-        return state.gradients
+        return sums
 
     def _fused(self, step: Step, place: int, microbatch: int) -> Any:
         run, passes, state = step.run, step.passes, step.run.stages[place]
@@ -222,8 +227,9 @@ class Executor:
         given = self._given(step, place, microbatch, runner.fused_reads)
         _, weights = self._weights(run, place, microbatch)
         received = self._received(state, passes, place, microbatch)
-        made = runner.fused(weights, given, received, state.gradients)
-        outputs, state.gradients, returns = made
+        update = self._update_of(run, place, microbatch)
+        made = runner.fused(weights, given, received, state.gradients.pop(update, None))
+        outputs, state.gradients[update], returns = made
         state.peak_in_flight = max(state.peak_in_flight, 1)
         self._tally(run, place, 0)
         self._deliver(step, place, microbatch, outputs, runner.fused_outputs)
@@ -253,11 +259,12 @@ class Executor:
 
     def _update_now(self, step: Step, place: int, microbatch: int) -> Any:
         state, stage = step.run.stages[place], self.places.stage_of[place]
-        if not state.reduced:
+        update = self._update_of(step.run, place, microbatch)
+        if update not in state.reduced:
             for replica in self.places.of_stage(stage):
                 self._average(step, replica)
             if stage in self._reduces:
-                self._reduce(step.run, stage)
+                self._reduce(step.run, stage, update)
         step.updating.append(place)
         if self._updates[place].num_phases == 1:
             self._apply(step, place, microbatch, ())
@@ -266,7 +273,7 @@ class Executor:
             self._apply_together(step, microbatch)
         return None
 
-    def _reduce(self, run: Run, stage: int) -> None:
+    def _reduce(self, run: Run, stage: int, update: int) -> None:
         """Sums the gradients of a stage's replicas, and averages their mutable state."""
         places = self.places.of_stage(stage)
         states = [run.stages[place] for place in places]
@@ -274,8 +281,10 @@ class Executor:
         for place in filter(self._here.__getitem__, places):
             following = places[(place + 1 - places[0]) % len(places)]  # around a ring
             run.sent_bytes[place, following] += gradients.sent_bytes
-        for state, sums in zip(states, gradients([s.gradients for s in states]), strict=True):
-            state.gradients, state.reduced = sums, True
+        parts = [state.gradients.get(update) for state in states]
+        for state, sums in zip(states, gradients(parts), strict=True):
+            state.gradients[update] = sums
+            state.reduced.add(update)
         if model is not None:
             model(states)
 
@@ -309,10 +318,9 @@ class Executor:
         if self._here[source]:
             state, divisor = step.run.stages[source], self._divisor(step, source, microbatch)
             received = tuple(packs[source][:phase])
+            gradients = state.gradients[self._update_of(step.run, source, microbatch)]
             sent = jax.tree.leaves(
-                update.phases[phase](
-                    state.weights, state.optimizer, state.gradients, received, divisor
-                )
+                update.phases[phase](state.weights, state.optimizer, gradients, received, divisor)
             )
         for target, other in enumerate(self._updates):
             if stage in other.sources[phase + 1]:
@@ -323,20 +331,20 @@ class Executor:
     def _apply(
         self, step: Step, place: int, microbatch: int, packs: Sequence[dict[int, Pack]]
     ) -> None:
-        state = step.run.stages[place]
+        state, update = step.run.stages[place], self._update_of(step.run, place, microbatch)
+        gradients = state.gradients.pop(update, None)
+        state.reduced.discard(update)
         if not self._here[place]:
-            state.reduced = False
             return
         if self._delay is not None:
             state.older[state.version] = state.weights
         state.weights, state.optimizer = self._updates[place].phases[-1](
             state.weights,
             state.optimizer,
-            state.gradients,
+            gradients,
             tuple(packs),
             self._divisor(step, place, microbatch),
         )
-        state.gradients, state.reduced = None, False
         state.version += 1
         state.retire()
         self._tally(step.run, place, 0)
@@ -431,6 +439,10 @@ class Executor:
                 waiting[microbatch] = [{} for _ in range(passes.routes[earlier].num_waits)]
             for there, value in zip(route.targets, moved, strict=True):
                 waiting[microbatch][there][stage] = value
+
+    def _update_of(self, run: Run, place: int, microbatch: int) -> int:
+        """The number, since the last drain, of the update that applies a microbatch's gradient."""
+        return (microbatch - run.start) // self._sizes[place]
 
     def _turn(self, run: Run, microbatch: int) -> int:
         """The number of a microbatch in its cycle, by which replicas take turns."""

@@ -43,9 +43,9 @@ class StageState:
         base: the version at the last drain.
         wanted: the oldest version that a forward pass may yet read.
         older: versions before the newest that a forward pass is yet to read.
-        gradients: the sum of the gradients that no update has applied yet; None for those, or
-            for all, of which there is none.
-        reduced: whether these are the sums of all replicas already.
+        gradients: for each update to come, by its number since the last drain, the sum of its
+            gradients so far; None for those of which there is none.
+        reduced: of which updates these are the sums of all replicas already.
         stash: what is kept for each microbatch in flight.
         halfway: what is kept for each microbatch whose backward pass lacks its weight part.
         inbox: values received for forward passes to come, by microbatch and position.
@@ -66,8 +66,8 @@ class StageState:
     base: int = 0
     wanted: int = 0
     older: dict[int, Values] = field(default_factory=dict)
-    gradients: Values | None = None
-    reduced: bool = False
+    gradients: dict[int, Values | None] = field(default_factory=dict)
+    reduced: set[int] = field(default_factory=set)
     stash: dict[int, Kept] = field(default_factory=dict)
     halfway: dict[int, Kept] = field(default_factory=dict)
     inbox: dict[int, dict[int, Any]] = field(default_factory=dict)

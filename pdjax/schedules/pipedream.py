@@ -13,6 +13,7 @@ def pipedream(
     *,
     replicas: Sequence[int] | None = None,
     slack: int = 0,
+    update_lag: int = 0,
 ) -> Schedule:
     """Forward and backward passes in turn, without ever waiting for a minibatch to end.
 
@@ -37,10 +38,16 @@ def pipedream(
         num_microbatches: must be 1.
         replicas: for each stage on how many workers it is; they take minibatches in turns.
         slack: see `pdjax.schedules.warm_ups`.
+        update_lag: by how many rounds stages with replicas apply their gradients later than they
+            have them. With 1 the all-reduce of a round happens while the passes of the next one
+            are computed, where otherwise the next forward pass waits for it. It costs one version
+            of the weights, and as much staleness.
 
     Raises:
-        ValueError: if a minibatch is to be more than one microbatch.
+        ValueError: if a minibatch is to be more than one microbatch, or the lag is negative.
     """
+    if update_lag < 0:
+        raise ValueError(f"update_lag={update_lag}; expected a number of rounds from 0 on.")
     if num_microbatches != 1:
         raise ValueError(
             f"pipedream runs a minibatch as one microbatch; got num_microbatches="
@@ -57,7 +64,8 @@ def pipedream(
             oldest = start - ahead[stage] * turns[stage]  # the first of the round to go back
             found.append(Action("F", stage, start + replica))
             found.append(Action("B", stage, oldest + replica))
-            found.append(Action("U", stage, oldest + turns[stage] - 1))
+            late = update_lag * turns[stage] if turns[stage] > 1 else 0
+            found.append(Action("U", stage, oldest + turns[stage] - 1 - late))
         return tuple(found)
 
     workers = tuple(actions(s, replica) for s in range(num_stages) for replica in range(turns[s]))

@@ -159,15 +159,11 @@ class Check:
         due = c.microbatch[gradients] // size  # the update that is to apply each gradient
         applying = np.searchsorted(updates, gradients)
         early = np.flatnonzero(applying > due)
-        late = np.flatnonzero(applying < due)
         last = np.minimum(np.arange(size, self.fed + size, size), self.fed) - 1
         if early.size:
             gradient, index = gradients[early[0]], applying[early[0]] - 1
             update = self._action(updates[index])
             text = f"{update} comes before its gradient, that of {self._action(gradient)}"
-        elif late.size:
-            update = self._action(gradients[late[0]])
-            text = f"{update} comes before the update of the minibatch before it"
         elif len(updates) < len(last):
             update = self._action(gradients[due == len(updates)][-1])
             text = f"no update applies the gradient of {update}"

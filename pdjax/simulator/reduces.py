@@ -89,9 +89,9 @@ def _rounds(columns: Columns, stage: int) -> tuple[np.ndarray, np.ndarray, np.nd
     updates = np.flatnonzero(mine & (columns.kind == U))
     gradients = np.flatnonzero(mine & np.isin(columns.kind, (B, W)))
     microbatch, round_ = np.unique(columns.microbatch[updates], return_inverse=True)
-    last = np.searchsorted(gradients, updates) - 1
+    last = np.full((columns.num_workers, len(microbatch)), -1)
+    of = np.searchsorted(microbatch, columns.microbatch[gradients])
+    np.maximum.at(last, (columns.worker[gradients], of), gradients)
     # in the last round of a run a replica may have no gradient at all
-    some = last >= 0
-    some[some] = columns.worker[gradients[last[some]]] == columns.worker[updates[some]]
-    given = np.stack([gradients[last[some]], round_[some]])
-    return given, np.stack([round_, updates]), microbatch
+    worker, some = np.nonzero(last >= 0)
+    return np.stack([last[worker, some], some]), np.stack([round_, updates]), microbatch

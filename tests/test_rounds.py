@@ -1,4 +1,4 @@
-"""Learning rates of stages with replicas, which make one update for several minibatches."""
+"""Stages with replicas make one update for several minibatches: when, and at which rate."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import zoo
 import pdjax
 from pdjax import schedules
 from pdjax.optimizer import schedule_counts
+from pdjax.simulator import StageCost, steady_s
 from pdjax.weights import STASH
 
 KEY = jax.random.key(5)
@@ -81,6 +82,52 @@ def test_schedules_count_minibatches_and_rates_are_as_chosen(optimizer, replicas
         scaled=rate == "scaled",
     )
     chex.assert_trees_all_close(pipe.params(pipe.drain(state)), params, atol=1e-11, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "lag", "slack"),
+    [((2, 1), 1, 0), ((1, 2), 1, 1), ((2, 2), 1, 0), ((3,), 1, 0), ((1, 2, 1), 2, 0)],
+    ids=str,
+)
+def test_late_updates(replicas, lag, slack):
+    """They are as stale as with a longer warm-up, and no forward pass waits for their round."""
+    schedule = schedules.pipedream(len(replicas), replicas=replicas, slack=slack, update_lag=lag)
+    batches = [case().make_batch(2, seed) for seed in range(13)]
+    pipe = pdjax.Pipeline(case().loss_fn, OPTIMIZERS["constant"], schedule=schedule)
+    state = pipe.init(case().params, batches[0], rng=KEY)
+    for index, batch in enumerate(batches):
+        state = pipe.drain(state) if index in (5, 7) else state
+        state, _ = pipe.step(state, batch)
+    ahead = zip(schedules.warm_ups(replicas, slack), replicas, strict=True)
+    params, _, _ = oracle.replay_asynchronous(
+        case().loss_fn,
+        OPTIMIZERS["constant"],
+        case().params,
+        batches,
+        pipe.stage_of_parameters(),
+        len(replicas),
+        KEY,
+        (5, 7),
+        replicas=replicas,
+        warm_ups=[warm_up + lag * (count > 1) for warm_up, count in ahead],
+    )
+    state = pipe.drain(state)
+    chex.assert_trees_all_close(pipe.params(state), params, atol=1e-11, rtol=1e-10)
+    assert not any(held.gradients for held in state.run.stages)
+
+
+def test_a_late_update_hides_the_all_reduce():
+    """Two replicas, 3 s for both passes, 3 s for an all-reduce: a round takes 6 or 3 s."""
+    cost = StageCost(forward_s=1.0, backward_s=2.0, gradient_bytes=300)
+    found = [
+        steady_s(
+            schedules.pipedream(1, replicas=(2,), update_lag=lag),
+            [cost],
+            pdjax.Topology.parse("2@100B/s"),
+        )
+        for lag in (0, 1)
+    ]
+    assert found == pytest.approx([3.0, 1.5])
 
 
 def test_only_counters_of_schedules_are_found():
