@@ -375,7 +375,11 @@ FOUR = _of(
         slow=2,
     ),
     replicas=Training(
-        schedules.pipedream(2, replicas=(2, 2)), dense, sizes=(2,) * 13, drains=(5, 7), slow=1
+        schedules.pipedream(2, replicas=(2, 2), update_lag=1),
+        dense,
+        sizes=(2,) * 13,
+        drains=(5, 7),
+        slow=1,
     ),
     three_workers=Training(schedules.one_f_one_b(2, 3, replicas=(1, 2)), dense, CLIPPED),
     three_replicas=Training(
