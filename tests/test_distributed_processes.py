@@ -392,7 +392,6 @@ peers = pdjax.distributed.initialize()
 assert pdjax.distributed.current() is peers
 assert (jax.process_count(), jax.process_index()) == (2, number)
 assert len(jax.devices()) == 2 * len(jax.local_devices())
-assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
 from jax.experimental import multihost_utils
 assert multihost_utils.process_allgather(np.array(number)).tolist() == [0, 1]
 time.sleep(0.5 * (1 - number))
@@ -411,22 +410,27 @@ assert pdjax.distributed.is_needed()
 """
 
 
-@pytest.mark.parametrize(("lost", "cluster_says"), [(0, ""), (1, SLURM)])
-def test_killed_with_jax(lost, cluster_says):
-    """No abort from C++, not even if it is the coordinator that is killed."""
+@pytest.mark.parametrize(
+    ("lost", "what", "cluster_says"),
+    [(0, signal.SIGKILL, ""), (1, signal.SIGTERM, SLURM)],
+    ids=["the coordinator is killed", "SIGTERM under Slurm"],
+)
+def test_lost_with_jax(lost, what, cluster_says):
+    """No abort from C++, and SIGTERM ends a process."""
     scenario = """
 peers = pdjax.distributed.initialize()
 jax.devices()
 """ + READY + "time.sleep(60)"  # fmt: skip
     with cluster(WITH_JAX + cluster_says + scenario, 3) as run:
         run.wait_until_ready()
-        killed_at = run.send(lost, signal.SIGKILL)
+        sent_at = run.send(lost, what)
         for number in {0, 1, 2} - {lost}:
             code, text = run.outcome(number)
             assert code == 1
             assert f"error: process {lost} " in text
+            assert ("was ended by SIGTERM" in text) == (what == signal.SIGTERM)
             assert "stack trace" not in text
-        assert time.monotonic() - killed_at < 5
+        assert time.monotonic() - sent_at < 5
 
 
 def test_jax_was_told_before():
