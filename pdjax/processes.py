@@ -30,7 +30,8 @@ def peers_of(placements: Sequence[Sharding], *, chosen_by_user: bool) -> Peers |
     devices = [next(iter(placement.device_set)) for placement in placements]
     owners = {device.process_index for device in devices}
     peers = distributed.current()
-    if owners == {jax.process_index()} and (chosen_by_user or peers is None):
+    alone = peers is None or peers.num_processes == 1
+    if owners == {jax.process_index()} and (chosen_by_user or alone):
         return None
     if peers is None:
         raise ValueError(

@@ -58,6 +58,24 @@ def test_init_compiles_all_that_a_step_runs(schedule, compilations):
     assert len(compilations) <= 4
 
 
+def test_a_number_in_the_program_that_crosses_a_cut_compiles_nothing_anew(compilations):
+    """Its type is weak, as that of Python's numbers: it has to be the same for what reads it."""
+
+    def loss_fn(params, batch):
+        x = jnp.tanh(batch["x"] @ params["block_0"]["w"])
+        sign = jnp.where(x.sum() > 0, 1.0, -1.0)
+        for i in range(1, 6):
+            x = jnp.tanh(x @ params[f"block_{i}"]["w"])
+        return jnp.mean((sign * x - batch["y"]) ** 2)
+
+    batch = CASE.make_batch(4, 0)
+    pipe = pdjax.Pipeline(loss_fn, optax.sgd(0.1), num_stages=3, num_microbatches=2)
+    state = pipe.init(CASE.params, batch)
+    compilations.clear()
+    pipe.step(state, batch)
+    assert len(compilations) <= 4  # copies of the batch, and the mean of the losses
+
+
 def test_numpy_batches_may_be_overwritten_at_once():
     """Behind a busy device, in memory that JAX would take over without a copy if it were let."""
     results = []

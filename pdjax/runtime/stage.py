@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any
 
+import jax
 from jax.sharding import Sharding
 
 from pdjax.differentiate import StagePrograms
@@ -146,4 +147,10 @@ class OutputIndex:
         found: dict[int, Any] = {}
         for name in ("sends", "state", "results", "saved"):
             found |= zip(getattr(self, name), made.get(name, ()), strict=True)
-        return tuple(found[at] for at in range(len(found)))
+        return tuple(_strong(found[at]) for at in range(len(found)))
+
+
+def _strong(value: Any) -> Any:
+    """A value of the type that is compiled for; numbers in the program make weak ones."""
+    weak = getattr(value, "weak_type", False)
+    return jax.lax.convert_element_type(value, value.dtype) if weak else value
