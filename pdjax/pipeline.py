@@ -131,6 +131,10 @@ class Pipeline:
         >>> pipe.stage_of_parameters()
         {'first': {'w': 0}, 'second': {'w': 1}}
 
+    Where there are several processes (see `pdjax.distributed`) all make the same calls in the same
+    order, with the same arguments, also those that run no stage; every one gets the metrics, the
+    parameters and the timeline. Only what `reads` leaves out need not be there.
+
     Args:
         loss_fn: ``loss_fn(params, batch, rng)`` that returns ``loss`` or ``(loss, metrics)``. The
             loss is the mean over the batch's examples. If `init` is given a mutable state:
@@ -155,7 +159,7 @@ class Pipeline:
         num_microbatches: how many microbatches a minibatch is divided into; if not given, 1 for
             ``"pipedream"``, else as many as divide it evenly, up to four for each device.
         devices: where the stages are placed, one each, as devices or shardings; `jax.devices()`
-            if not given.
+            if not given, those of all processes. With ``jax.local_devices()`` a process is alone.
         plan: where the model is cut. ``"auto"``, what is done if it is not given: the layers are
             measured on the first device, and the planner finds the fastest pipeline that
             fits; if `num_stages` is not given, it may use fewer devices than there are. Where
@@ -458,14 +462,17 @@ class Pipeline:
         return self._last_training().prepared.comparison
 
     def memory(self, state: PipelineState) -> tuple[StageMemory, ...]:
-        """What each stage has held at its peak, for batches of the last shape, since `init`."""
+        """What each stage has held at its peak, for batches of the last shape, since `init`.
+
+        Of stages in other processes it knows nothing.
+        """
         training = self._training_of(state)
         return stage_memory(state.run.passes or training.prepared.passes, state.run)
 
     def counts(self, state: PipelineState) -> Counts:
         """What was done since `init`: actions, bytes sent, and the most that was held.
 
-        It is counted always, and waits for nothing.
+        It is counted always, and waits for nothing; each process counts what it does itself.
         """
         prepared, run = self._training_of(state).prepared, state.run
         return count(run.passes or prepared.passes, run)

@@ -82,6 +82,7 @@ class Cluster:
             subprocess.Popen(
                 [sys.executable, "-c", program],
                 env=os.environ | told | {"PDJAX_PROCESS_ID": str(number)},
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -258,7 +259,8 @@ def test_nobody_reads_the_message():
     ],
 )
 def test_failed(ending, code, told, written):
-    scenario = f"if number == 1: {ending}\nelse: block()"
+    # It waits until all are ready, and the test closes its standard input.
+    scenario = f"if number == 0: block()\nsys.stdin.read()\n{ending}"
     with cluster(program(scenario)) as run:
         run.wait_until_ready()
         found, text = run.outcome(1)

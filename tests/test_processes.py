@@ -44,18 +44,24 @@ def compiled_as_in_programs() -> Iterator[None]:
     jax.config.update(name, False)
 
 
-def launch(program: str, num_processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs one of `tests/programs` in several processes."""
-    options = ["--num-processes", str(num_processes), "--no-pin", "--"]
+def launch(program: str, num_processes: int, *arguments: str) -> tuple[int, str]:
+    """Runs one of `tests/programs` in several processes; returns exit code and output."""
+    options = ["--num-processes", str(num_processes), "--no-pin", "--grace-s", "5", "--"]
     command = [sys.executable, str(PROGRAMS / program), *arguments]
-    return subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-m", "pdjax.launch", *options, *command],
         env=os.environ | CACHE | {"JAX_PLATFORMS": "cpu"},
-        timeout=300,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        check=False,
-    )
+    ) as launcher:
+        try:
+            output, _ = launcher.communicate(timeout=240)
+        except subprocess.TimeoutExpired:
+            launcher.terminate()  # it ends the others, too
+            output, _ = launcher.communicate()
+            pytest.fail(f"{program} hangs:\n{output}")
+    return launcher.returncode, output
 
 
 @pytest.mark.parametrize("name", trainings.GROUPS)
@@ -63,8 +69,8 @@ def test_several_processes_compute_what_one_computes(name, tmp_path, compiled_as
     """To the last bit: losses, metrics, parameters, state; in every process, whatever it runs."""
     group = trainings.GROUPS[name]
     expected = {name: trainings.run(training) for name, training in group.trainings.items()}
-    done = launch("train.py", group.num_processes, name, str(tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, output = launch("train.py", group.num_processes, name, str(tmp_path))
+    assert code == 0, output
     for training, in_one in expected.items():
         found = [
             dict(np.load(tmp_path / f"{training}-{process}.npz"))
@@ -96,8 +102,8 @@ def test_every_stage_makes_its_own_parameters(tmp_path, compiled_as_in_programs)
     with jax.enable_x64(False):
         expected = trainings.run_made("arrays")
         in_one = trainings.run_made("functions")
-    done = launch("make.py", 2, str(tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, output = launch("make.py", 2, str(tmp_path))
+    assert code == 0, output
     in_two = [dict(np.load(tmp_path / f"{process}.npz")) for process in range(2)]
     for found in (in_one, *in_two):
         for key, value in expected.items():
@@ -106,17 +112,18 @@ def test_every_stage_makes_its_own_parameters(tmp_path, compiled_as_in_programs)
     for stage in range(2):
         assert f"own/held {1 - stage}" not in in_two[stage]
         for found in (in_one, in_two[stage]):
-            limit, held = found[f"own/limit {stage}"], found[f"own/held {stage}"]
-            assert limit > 90_000
-            assert limit <= held < limit + 8_000  # less than half of a layer more
+            weights, held = found[f"own/weights {stage}"], found[f"own/held {stage}"]
+            assert weights > 30_000
+            assert 2 * weights <= held < 2 * weights + 8_000  # less than half of a layer more
+            assert found[f"own/made {stage}"] < weights + 8_000
 
 
 def test_trouble_is_the_same_in_all_processes(tmp_path):
     """What differs has a name in all of them, and whatever goes wrong nobody waits for ever."""
-    done = launch("trouble.py", 2, str(tmp_path))
+    code, output = launch("trouble.py", 2, str(tmp_path))
+    assert code == 1
+    assert "[1] KeyError: 'a mistake'" in output, output
     first, second = (json.loads((tmp_path / f"{process}.json").read_text()) for process in range(2))
-    assert done.returncode == 1
-    assert "[1] KeyError: 'a mistake'" in done.stdout
     assert first["disagreements"] == second["disagreements"]
     for name, text in first["disagreements"].items():
         has = r"process {} on \S+ has .+".format

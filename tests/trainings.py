@@ -98,11 +98,10 @@ def run(training: Training) -> Found:
                 state, metrics = pipe.step(state, jax.tree.map(_shape_unless, reads, batch))
             compiled.append(names)
             found |= _named(f"step {index}", metrics)
-    # What is read here the steps that follow at once reuse the memory of.
-    found |= _named("undrained", pipe.params(state))
     for count in training.evaluated_in:
         metrics = pipe.evaluate(state, case.make_batch(2 * count, 99), num_microbatches=count)
         found |= _named(f"evaluated in {count}", metrics)
+    found |= _named("undrained", pipe.params(state))  # the steps that follow reuse their memory
     for batch in batches[:2]:
         state, metrics = pipe.step(state, batch)
     found |= _named("last step", metrics)
@@ -123,8 +122,8 @@ def run(training: Training) -> Found:
 def run_made(given: Literal["functions", "arrays"]) -> Found:
     """Trains a model on two workers whose parameters and state are made by functions, or arrays.
 
-    Of every stage of this process come "own/limit", the bytes that its weights and its optimizer
-    state take, and "own/held", the most that its device held during and after `init`.
+    Of every stage of this process come the bytes of its weights, which its optimizer state has,
+    too ("own/weights"), and the most that its device held and made at once in `init`.
     """
     model, case = _Wide(), zoo.dense_blocks(width=_Wide.width)
     x, y = case.make_batch(4, 0).values()
@@ -141,17 +140,19 @@ def run_made(given: Literal["functions", "arrays"]) -> Found:
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(params))]
     if given == "arrays":
         params, state = jax.jit(params)(), jax.jit(state)()
-    pipe = pdjax.Pipeline(loss_fn, ADAM, plan="balanced", num_stages=2, num_microbatches=2)
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    pipe = pdjax.Pipeline(loss_fn, optimizer, plan="balanced", num_stages=2, num_microbatches=2)
     batch = {"x": x, "y": y}
-    with _watched() as held:
+    with _watched() as (held, made):
         state = pipe.init(params, batch, model_state=state)
     found: Found = {}
     stages = jax.tree.leaves(pipe.stage_of_parameters())
     for stage, mine in enumerate(state.run.stages):
         if mine.weights:
-            limit = sum(size for at, size in zip(stages, sizes, strict=True) if at == stage)
-            found[f"own/limit {stage}"] = np.asarray(3 * limit)  # Adam keeps two moments
+            own = sum(size for at, size in zip(stages, sizes, strict=True) if at == stage)
+            found[f"own/weights {stage}"] = np.asarray(own)
             found[f"own/held {stage}"] = np.asarray(held[mine.weights[0].device])
+            found[f"own/made {stage}"] = np.asarray(made[mine.weights[0].device])
     found |= _named("initial", (pipe.params(state), pipe.model_state(state)))
     for _ in range(3):
         state, metrics = pipe.step(state, batch)
@@ -172,21 +173,26 @@ class _Wide(nn.Module):
 
 
 @contextmanager
-def _watched() -> Iterator[dict[Any, int]]:
-    """The most bytes that each device holds inside the ``with``, beside those from before it."""
-    before, most, run = _live_bytes(), Counter[Any](), start._run
+def _watched() -> Iterator[tuple[Counter[Any], Counter[Any]]]:
+    """The most bytes that each device holds inside the ``with``, and gets at once when it starts.
+
+    What it held before does not count.
+    """
+    before, held, made, run = _live_bytes(), Counter[Any](), Counter[Any](), start._run
 
     def look() -> None:
         for device, size in (_live_bytes() - before).items():
-            most[device] = max(most[device], size)
+            held[device] = max(held[device], size)
 
     def watched(*arguments: Any) -> Any:
-        made = run(*arguments)
+        values = run(*arguments)
+        for device in {value.device for value in values}:
+            made[device] = max(made[device], sum(value.nbytes for value in values))
         look()
-        return made
+        return values
 
     start._run = watched
-    yield most
+    yield held, made
     start._run = run
     look()
 
@@ -341,7 +347,7 @@ def _of(**trainings: Training) -> dict[str, Training]:
 
 TWO = _of(
     pipedream=Training(
-        schedules.pipedream(2), dense, sizes=(2,) * 7, drains=(4,), evaluated_in=(2,)
+        schedules.pipedream(2), dense, sizes=(2,) * 7, drains=(4,), evaluated_in=(2,), slow=0
     ),
     vertical_sync=Training(
         schedules.pipedream(2), dense, sizes=(2,) * 5, options={"weight_rule": VERTICAL_SYNC}
@@ -375,7 +381,11 @@ FOUR = _of(
         slow=2,
     ),
     replicas=Training(
-        schedules.pipedream(2, replicas=(2, 2)), dense, sizes=(2,) * 13, drains=(5, 7), slow=1
+        schedules.pipedream(2, replicas=(2, 2), update_lag=1),
+        dense,
+        sizes=(2,) * 13,
+        drains=(5, 7),
+        slow=1,
     ),
     three_workers=Training(schedules.one_f_one_b(2, 3, replicas=(1, 2)), dense, CLIPPED),
     three_replicas=Training(

@@ -141,17 +141,19 @@ class Mesh:
             text = self._watch()
         except Exception:  # a silent end of the watch would be worse
             text = "error: the watch over the other processes failed:\n" + traceback.format_exc()
-        if text is not None and not self._deaf:
-            self._on_lost(text)
-            self._part_in_order(_TELL_S)
-            self._on_end()
-        else:
-            self._part_in_order(_FAREWELL_S)
-        self.exchanges.end(text or "this process has left the run.")
-        with self._changed:
-            self._over = True
-            self._changed.notify_all()
-        self._close()
+        try:
+            if text is not None and not self._deaf:
+                self._on_lost(text)
+                self._part_in_order(_TELL_S)
+                self._on_end()
+            else:
+                self._part_in_order(_FAREWELL_S)
+        finally:
+            self.exchanges.end(text or "this process has left the run.")
+            with self._changed:
+                self._over = True
+                self._changed.notify_all()
+            self._close()
 
     def _watch(self) -> str | None:
         """Watches until told to stop, or until a process is lost: then returns the message."""
@@ -165,7 +167,8 @@ class Mesh:
             now = time.monotonic()
             self._forgive(now - awake_at, now)
             awake_at = now
-            loss = self._read(ready, now) or self._find_silent(now)
+            heard = (key.data(now) for key, _ in ready)
+            loss = next(filter(None, heard), None) or self._find_silent(now)
             if loss is not None and not self._deaf:
                 return self._lose(loss)
         return None
@@ -195,14 +198,6 @@ class Mesh:
             if key.events != events:
                 self._selector.modify(link, events, key.data)
 
-    def _read(self, ready: Sequence[tuple[selectors.SelectorKey, int]], now: float) -> Loss | None:
-        """Hears what has come; returns the first loss that it means."""
-        for key, _ in ready:
-            loss = key.data(now)
-            if loss is not None:
-                return loss
-        return None
-
     def _hear_wake(self, now: float) -> None:
         with contextlib.suppress(BlockingIOError):
             self._wake_reader.recv(1 << 12)
@@ -213,9 +208,12 @@ class Mesh:
         while self._door.pulses:
             number, link = self._door.pulses.popitem()
             self._pulses[number] = link
-            self._selector.register(link, selectors.EVENT_READ, partial(self._feel, number, link))
+            self._selector.register(link, selectors.EVENT_READ, partial(self._feel, link))
+        if len(self._pulses) == len(self.standings) - 1:
+            self._selector.unregister(self._door)
+            self._door.close()
 
-    def _feel(self, number: int, link: Link, now: float) -> None:
+    def _feel(self, link: Link, now: float) -> None:
         """Hears the pulse of a process."""
         link.skim(now)
         if link.ended is not None:
