@@ -28,7 +28,7 @@ from pdjax.runtime.intake import Intake, Slicing
 from pdjax.runtime.passes import Passes, PlacedConsts
 from pdjax.runtime.placed import Values
 from pdjax.runtime.places import Places
-from pdjax.runtime.reduce import AllReduce, MeanOfState
+from pdjax.runtime.reduce import MeanOfState, Reduce, find_reduce
 from pdjax.runtime.start import Starter
 from pdjax.runtime.state import Feed, Run, StageState, WorkerTally
 from pdjax.runtime.update import UpdateRunner
@@ -164,9 +164,9 @@ class Prepared:
         counts = range(1 if whole else size, size + 1)  # a drain may break a round off
         return {count: place(np.float32(count), placement) for count in counts}
 
-    def _make_reduces(self) -> dict[int, tuple[AllReduce, MeanOfState | None]]:
+    def _make_reduces(self) -> dict[int, tuple[Reduce, MeanOfState | None]]:
         """For each stage with replicas what its updates sum and average over them."""
-        found: dict[int, tuple[AllReduce, MeanOfState | None]] = {}
+        found: dict[int, tuple[Reduce, MeanOfState | None]] = {}
         params, state = map(jax.tree.leaves, (self._example.params, self._example.state))
         for stage, count in enumerate(self.places.replicas):
             if count > 1 and any(self._here[at] for at in self.places.of_stage(stage)):
@@ -174,7 +174,7 @@ class Prepared:
                 shapes = [params[i] for i in self.update.stages[stage].params]
                 kept = {i: state[i] for i in self.split.stages[stage].updates}
                 found[stage] = (
-                    AllReduce(where, shapes),
+                    find_reduce(where, shapes),
                     MeanOfState(where, kept) if kept else None,
                 )
         return found

@@ -13,7 +13,7 @@ from jax.sharding import SingleDeviceSharding
 
 import pdjax
 from pdjax import schedules
-from pdjax.runtime.reduce import AllReduce, MeanOfState
+from pdjax.runtime.reduce import AllReduce, MeanOfState, SumOnEach, find_reduce
 from pdjax.runtime.state import StageState
 
 KEY = jax.random.key(0)
@@ -35,11 +35,15 @@ def shapes_of(arrays):
     return [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
 
 
+KINDS = pytest.mark.parametrize("kind", [AllReduce, SumOnEach])
+
+
+@KINDS
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("mean", [False, True])
-def test_each_replica_gets_the_sum_in_the_shapes_that_it_gave(count, mean):
+def test_each_replica_gets_the_sum_in_the_shapes_that_it_gave(kind, count, mean):
     places, parts = parts_on(count)
-    got = AllReduce(places, shapes_of(parts[0]), mean=mean)(parts)
+    got = kind(places, shapes_of(parts[0]), mean=mean)(parts)
     combine = np.mean if mean else np.sum
     expected = tuple(combine(jax.device_get(column), axis=0) for column in zip(*parts, strict=True))
     for place, sums in zip(places, got, strict=True):
@@ -49,19 +53,38 @@ def test_each_replica_gets_the_sum_in_the_shapes_that_it_gave(count, mean):
         assert all(array.devices() == place.device_set for array in sums)
 
 
-def test_a_replica_without_gradients_adds_nothing():
+@KINDS
+def test_a_replica_without_gradients_adds_nothing(kind):
     places, parts = parts_on(2)
-    got = AllReduce(places, shapes_of(parts[0]))([parts[0], None])
+    got = kind(places, shapes_of(parts[0]))([parts[0], None])
     for sums in got:
         chex.assert_trees_all_equal(jax.device_get(sums), jax.device_get(parts[0]))
 
 
-def test_what_is_given_is_left_alone():
+@KINDS
+def test_what_is_given_is_left_alone(kind):
     places, parts = parts_on(2)
     before = jax.device_get(parts)
-    reduce = AllReduce(places, shapes_of(parts[0]))
+    reduce = kind(places, shapes_of(parts[0]))
     reduce(reduce(parts))
     chex.assert_trees_all_equal(jax.device_get(parts), before)
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_both_kinds_sum_in_the_same_order(mean):
+    places, parts = parts_on(4)
+    one, other = (kind(places, shapes_of(parts[0]), mean=mean) for kind in (AllReduce, SumOnEach))
+    chex.assert_trees_all_equal(*(jax.device_get(reduce(parts)) for reduce in (one, other)))
+    assert one.sent_bytes == other.sent_bytes
+
+
+def test_no_thread_waits_for_another_in_a_process_with_cpu_devices():
+    """XLA would end the process if one came 40 s late."""
+    places, parts = parts_on(3)
+    reduce = find_reduce(places, shapes_of(parts[0]))
+    assert not any("all_reduce" in lower().as_text() for lower in reduce.lowerings())
+    collective = AllReduce(places, shapes_of(parts[0]))
+    assert any("all_reduce" in lower().as_text() for lower in collective.lowerings())
 
 
 def test_scalar_parameters_of_a_replicated_stage():

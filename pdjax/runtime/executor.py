@@ -32,7 +32,7 @@ from pdjax.runtime.inputs import Given, Reads
 from pdjax.runtime.passes import InstructionKind, Passes
 from pdjax.runtime.placed import Values, total
 from pdjax.runtime.places import Places
-from pdjax.runtime.reduce import AllReduce, MeanOfState
+from pdjax.runtime.reduce import MeanOfState, Reduce
 from pdjax.runtime.stage import OutputIndex
 from pdjax.runtime.state import Feed, Kept, Run, StageState, Step
 from pdjax.runtime.transport import Transport
@@ -69,7 +69,7 @@ class Executor:
         counts: Sequence[dict[int, Any]],
         transport: Transport,
         average_state: Callable[[Sequence[Values]], Values] | None = None,
-        reduces: Mapping[int, tuple[AllReduce, MeanOfState | None]] | None = None,
+        reduces: Mapping[int, tuple[Reduce, MeanOfState | None]] | None = None,
     ) -> None:
         self.schedule = schedule
         self.places = Places.of(schedule)

@@ -11,13 +11,29 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from pdjax.runtime.placed import Values, placed
+from pdjax.runtime.placed import Values, placed, total
 from pdjax.runtime.state import StageState
 
 _AXIS = "replica"
 _INLINE = 1000
 """Programs with fewer operations the CPU runs in the thread that dispatches them. One that waits
 for other processes would hold it up, so it is given more to do."""
+
+
+def find_reduce(
+    placements: Sequence[Sharding], shapes: Sequence[jax.ShapeDtypeStruct], *, mean: bool = False
+) -> Reduce:
+    """What sums arrays over the devices of a stage's replicas.
+
+    Args:
+        placements: where the replicas are, one device each.
+        shapes: of the arrays.
+        mean: whether to make their mean instead.
+    """
+    devices = [next(iter(placement.device_set)) for placement in placements]
+    here = all(device.process_index == jax.process_index() for device in devices)
+    on_each = here and all(device.platform == "cpu" for device in devices)
+    return (SumOnEach if on_each else AllReduce)(placements, shapes, mean=mean)
 
 
 class AllReduce:
@@ -56,23 +72,29 @@ class AllReduce:
                 check_vma=False,
             )
         )
-        # An array is one shard of a longer one; what has no axis gets one for the way.
-        self._with_axis = [
-            placed(lambda arrays: tuple(map(jnp.atleast_1d, arrays)), p) for p in placements
-        ]
-        self._without = [placed(lambda a: tuple(x[0] for x in a), p) for p in placements]
-        self._zeros = [
-            placed(lambda: tuple(jnp.zeros(s.shape, s.dtype) for s in self._shapes), p)
-            for p in placements
-        ]
-        self._scalars = [at for at, shape in enumerate(self._shapes) if not shape.shape]
+        # An array is one shard of a longer one: what has no axis gets one for the way, and what has
+        # no elements gets one, too, as some versions of XLA crash over it.
+        self._odd = [at for at, s in enumerate(self._shapes) if not s.shape or not s.size]
+        odd = [self._shapes[at] for at in self._odd]
+        self._lengthen, self._shorten = (
+            [placed(function, placement) for placement in placements]
+            for function in (
+                lambda arrays: tuple(jnp.resize(x, (1,)) for x in arrays),
+                lambda arrays: tuple(
+                    x[: s.size].reshape(s.shape) for x, s in zip(arrays, odd, strict=True)
+                ),
+            )
+        )
+        self._zeros = _zeros(self._shapes, placements)
 
     def lowerings(self) -> Iterator[Callable[[], Any]]:
         """Functions that lower all programs that calls run."""
         if not self._shapes:
             return
         count = len(self._devices)
-        long = [jax.ShapeDtypeStruct(s.shape or (1,), s.dtype) for s in self._shapes]
+        long = list(self._shapes)
+        for at in self._odd:
+            long[at] = jax.ShapeDtypeStruct((1,), long[at].dtype)
         whole = tuple(
             jax.ShapeDtypeStruct(
                 (count * s.shape[0], *s.shape[1:]), s.dtype, sharding=self._sharding
@@ -80,20 +102,17 @@ class AllReduce:
             for s in long
         )
         yield partial(self._run.lower, whole)
-        without, with_axis = (
-            tuple(shapes[at] for at in self._scalars) for shapes in (self._shapes, long)
-        )
+        before, after = (tuple(shapes[at] for at in self._odd) for shapes in (self._shapes, long))
         for at in (at for at, here in enumerate(self._here) if here):
             yield self._zeros[at].lower
-            if self._scalars:
-                yield partial(self._with_axis[at].lower, without)
-                yield partial(self._without[at].lower, with_axis)
+            if self._odd:
+                yield partial(self._lengthen[at].lower, before)
+                yield partial(self._shorten[at].lower, after)
 
     @property
     def sent_bytes(self) -> int:
-        """Bytes that each replica sends: 2 (r - 1) / r of those of the arrays, around a ring."""
-        size = sum(s.size * s.dtype.itemsize for s in self._shapes[: self._num_wanted])
-        return round(2 * (len(self._devices) - 1) / len(self._devices) * size)
+        """Bytes that each replica sends, around a ring."""
+        return _ring_bytes(self._shapes[: self._num_wanted], len(self._devices))
 
     def __call__(self, parts: Sequence[Values | None]) -> list[Values | None]:
         """The sum on each replica.
@@ -128,18 +147,18 @@ class AllReduce:
         lengthened = list(part or ())
         if len(lengthened) < len(self._shapes):
             lengthened += self._zeros[replica]()[len(lengthened) :]
-        if self._scalars:
-            short = tuple(lengthened[at] for at in self._scalars)
-            for at, value in zip(self._scalars, self._with_axis[replica](short), strict=True):
+        if self._odd:
+            odd = tuple(lengthened[at] for at in self._odd)
+            for at, value in zip(self._odd, self._lengthen[replica](odd), strict=True):
                 lengthened[at] = value
         return lengthened
 
     def _shortened(self, replica: int, values: Values) -> Values:
-        if not self._scalars:
+        if not self._odd:
             return values
         shortened = list(values)
-        long = tuple(values[at] for at in self._scalars)
-        for at, value in zip(self._scalars, self._without[replica](long), strict=True):
+        long = tuple(values[at] for at in self._odd)
+        for at, value in zip(self._odd, self._shorten[replica](long), strict=True):
             shortened[at] = value
         return tuple(shortened)
 
@@ -149,6 +168,74 @@ class AllReduce:
         return jax.make_array_from_single_device_arrays(
             (length, *shape[1:]), self._sharding, list(shards)
         )
+
+
+class SumOnEach:
+    """The same for CPU devices of one process: every device fetches all parts, and sums them up.
+
+    In a collective of XLA on a CPU threads wait for each other, and the process is ended if one of
+    them is 40 seconds late, as the last one of a round of minibatches that take long may well be.
+
+    Args:
+        placements: where the replicas are, one device each.
+        shapes: of the arrays.
+        mean: whether to make their mean instead.
+    """
+
+    def __init__(
+        self,
+        placements: Sequence[Sharding],
+        shapes: Sequence[jax.ShapeDtypeStruct],
+        *,
+        mean: bool = False,
+    ) -> None:
+        self._shapes = tuple(shapes)
+
+        def combine(parts: Sequence[Values]) -> Values:
+            sums = map(total, zip(*parts, strict=True))
+            return tuple(x / len(parts) for x in sums) if mean else tuple(sums)
+
+        self._runs = [placed(combine, placement) for placement in placements]
+        self._zeros = _zeros(self._shapes, placements)
+
+    def lowerings(self) -> Iterator[Callable[[], Any]]:
+        """Functions that lower all programs that calls run."""
+        if self._shapes:
+            yield from (partial(run.lower, (self._shapes,) * len(self._runs)) for run in self._runs)
+            yield from (zeros.lower for zeros in self._zeros)
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that each replica would send around a ring: what is simulated."""
+        return _ring_bytes(self._shapes, len(self._runs))
+
+    def __call__(self, parts: Sequence[Values | None]) -> list[Values | None]:
+        """The sum on each replica; `parts` as for `AllReduce`."""
+        if not self._shapes:
+            return [() for _ in parts]
+        given = tuple(
+            zeros() if part is None else tuple(part)
+            for part, zeros in zip(parts, self._zeros, strict=True)
+        )
+        return [run(given) for run in self._runs]
+
+
+Reduce = AllReduce | SumOnEach
+
+
+def _zeros(
+    shapes: Sequence[jax.ShapeDtypeStruct], placements: Sequence[Sharding]
+) -> list[Callable[[], Values]]:
+    """For each replica a program that makes what one has that has no gradients."""
+    return [
+        placed(lambda: tuple(jnp.zeros(s.shape, s.dtype) for s in shapes), p) for p in placements
+    ]
+
+
+def _ring_bytes(shapes: Sequence[jax.ShapeDtypeStruct], count: int) -> int:
+    """What each of `count` replicas sends: 2 (r - 1) / r of the bytes of the arrays."""
+    size = sum(s.size * s.dtype.itemsize for s in shapes)
+    return round(2 * (count - 1) / count * size)
 
 
 class MeanOfState:
@@ -165,7 +252,7 @@ class MeanOfState:
         self, placements: Sequence[Sharding], shapes: dict[int, jax.ShapeDtypeStruct]
     ) -> None:
         self._indices = [i for i, s in shapes.items() if jnp.issubdtype(s.dtype, jnp.inexact)]
-        self._mean = AllReduce(placements, [shapes[i] for i in self._indices], mean=True)
+        self._mean = find_reduce(placements, [shapes[i] for i in self._indices], mean=True)
         self.lowerings = self._mean.lowerings
 
     def __call__(self, states: Sequence[StageState]) -> None:
