@@ -212,7 +212,9 @@ def depends(schedule: Schedule, later: Action, earlier: Action) -> bool:
             pending += [
                 a
                 for a in worker[: worker.index(action)]
-                if a.stage == action.stage and a.kind in ("B", "W")
+                if a.stage == action.stage
+                and a.kind in ("B", "W")
+                and a.microbatch <= action.microbatch  # a late update leaves out the newest
             ]
             continue
         for need in inputs_of(action, schedule.num_stages):

@@ -28,6 +28,7 @@ import numpy as np
 import optax
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from slowdown import make_chain, seconds
 
 import pdjax
 from pdjax.simulator import steady_s
@@ -133,24 +134,10 @@ def simulate(point: Point, profile: pdjax.Profile, slowdown: float) -> None:
 
 def two_at_once(width: int, size: int) -> float:
     """How many times longer two devices take for a chain of calls each than one device for one."""
-    block = jax.jit(lambda x, up, down: x + jnp.tanh(x @ up) @ down)
-    params = make_params(1, width)["block_00"]
-    arrays = [
-        [jax.device_put(a, d) for a in (np.ones((size, width), np.float32), *params.values())]
-        for d in jax.devices()[:2]
-    ]
-
-    def seconds(chains: list[list[Any]]) -> float:
-        start = time.perf_counter()
-        values = [x for x, _, _ in chains]
-        for _ in range(CHAIN):
-            values = [block(x, up, down) for x, (_, up, down) in zip(values, chains, strict=True)]
-        jax.block_until_ready(values)
-        return time.perf_counter() - start
-
-    seconds(arrays)
-    alone = [seconds(arrays[:1]) for _ in range(5)]
-    together = [seconds(arrays) for _ in range(5)]
+    chains = [make_chain(device, width, size) for device in jax.devices()[:2]]
+    seconds(chains, CHAIN)
+    alone = [seconds(chains[:1], CHAIN) for _ in range(5)]
+    together = [seconds(chains, CHAIN) for _ in range(5)]
     return float(np.median(together) / np.median(alone))
 
 
