@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -265,6 +266,19 @@ def test_any_single_mutation_is_refused(case, random):
             ),
             rule,
         )
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("replicas", [(2, 3, 1), (3, 2)])
+def test_a_missing_update_of_a_replica_is_refused(replicas, lag):
+    """Also where the replica itself computes none of the gradients in a last round."""
+    good = schedules.pipedream(len(replicas), replicas=replicas, update_lag=lag)
+    for number, worker in enumerate(good.workers):
+        for at in (at for at, action in enumerate(worker) if action.kind == "U"):
+            workers = [list(w) for w in good.workers]
+            del workers[number][at]
+            with pytest.raises(ScheduleError, match=r"no update applies|is missing on worker"):
+                validate(dataclasses.replace(good, workers=tuple(map(tuple, workers))), STASH)
 
 
 def can_be_run(schedule: Schedule) -> bool:

@@ -164,9 +164,12 @@ class Check:
             gradient, index = gradients[early[0]], applying[early[0]] - 1
             update = self._action(updates[index])
             text = f"{update} comes before its gradient, that of {self._action(gradient)}"
-        elif len(updates) < len(last):
-            update = self._action(gradients[due == len(updates)][-1])
+        elif len(updates) < len(last) and (due >= len(updates)).any():
+            update = self._action(gradients[due >= len(updates)][-1])
             text = f"no update applies the gradient of {update}"
+        elif len(updates) < len(last):  # of others' gradients: a replica applies those as well
+            update = self._action(here[-1])._replace(kind="U", microbatch=int(last[len(updates)]))
+            text = f"{update} is missing on worker {c.worker[here[0]]}"
         elif len(updates) > len(last) or (c.microbatch[updates] != last).any():
             wrong = [*(c.microbatch[updates[: len(last)]] != last), True].index(True)
             update = self._action(updates[wrong])
