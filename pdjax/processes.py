@@ -9,7 +9,7 @@ from jax.sharding import Sharding
 
 from pdjax import distributed
 from pdjax.distributed import Peers
-from pdjax.runtime.remote import TransferTransport
+from pdjax.runtime.remote import RemoteTransport
 from pdjax.runtime.transport import LocalTransport, Transport
 
 
@@ -50,6 +50,4 @@ def peers_of(placements: Sequence[Sharding], *, chosen_by_user: bool) -> Peers |
 
 def make_transport(placements: Sequence[Sharding], peers: Peers | None) -> Transport:
     """How values travel between these places."""
-    return (
-        LocalTransport(len(placements)) if peers is None else TransferTransport(placements, peers)
-    )
+    return LocalTransport(len(placements)) if peers is None else RemoteTransport(placements, peers)

@@ -1,6 +1,7 @@
 """Five virtual CPU devices for every test, and one compilation cache for all of them."""
 
 import os
+import signal
 import tempfile
 
 import jax
@@ -9,6 +10,9 @@ import pytest
 from pdjax import arguments
 
 jax.config.update("jax_num_cpu_devices", 5)
+
+# A shell starts what runs in its background deaf to SIGINT, and so would be what tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same small programs occur in many tests; compiled once, they are found again on disk, by the
 # other test processes too. The folder is new for every run of the tests.

@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pdjax.planner import Plan, PlanOptions, plan_pipeline
@@ -202,11 +202,14 @@ def test_more_never_makes_it_slower(rows, shape, bandwidth, memory, more):
         assert not_more(seconds_of(rows, topology_of(larger, bandwidth, memory)), before)
 
 
+ZEROS = (0.0,) * 5
+
+
 def counted_bytes(profile, plan, stage):
     """Peak bytes of a worker, by walking through what it does: an account of its own."""
     figures = plan.stages[stage]
     worker = [Action("F", stage, k) for k in range(figures.warm_up)]
-    for k in range(figures.warm_up + 2):
+    for k in range(2 * figures.warm_up + 2):  # what is in flight together also ends
         worker += [Action("F", stage, k + figures.warm_up)]
         worker += [Action("B", stage, k), Action("U", stage, k)]
     rule = find_algorithm("pipedream").weight_rule
@@ -222,6 +225,9 @@ def counted_bytes(profile, plan, stage):
 
 @settings(deadline=None, max_examples=60)
 @given(rows, shapes, st.integers(50, 1500))
+@example(
+    rows=[ZEROS] * 6 + [(0.0, 0.0, 0.0, 1.0, 0.0), (0.0, 1.0, 0.0, 1.0, 0.0)], shape=(4,), memory=50
+)
 def test_no_plan_exceeds_the_memory(rows, shape, memory):
     profile = make_profile(rows)
     topology = topology_of(shape, 2.0, memory)

@@ -21,6 +21,7 @@ import trainings
 
 import pdjax
 from pdjax import joint_topology
+from pdjax.runtime import wires
 from pdjax.runtime.holdings import Holdings
 from pdjax.runtime.places import Places
 from pdjax.topology import Level
@@ -64,12 +65,18 @@ def launch(program: str, num_processes: int, *arguments: str) -> tuple[int, str]
     return launcher.returncode, output
 
 
-@pytest.mark.parametrize("name", trainings.GROUPS)
-def test_several_processes_compute_what_one_computes(name, tmp_path, compiled_as_in_programs):
+@pytest.mark.parametrize(
+    ("name", "wire"), [*((name, "transfer") for name in trainings.GROUPS), ("mixed", "device_put")]
+)
+def test_several_processes_compute_what_one_computes(
+    name, wire, tmp_path, compiled_as_in_programs, monkeypatch
+):
     """To the last bit: losses, metrics, parameters, state; in every process, whatever it runs."""
+    monkeypatch.setenv(wires.VARIABLE, wire)
+    by_put = ["put"] if wire == "device_put" else []
     group = trainings.GROUPS[name]
     expected = {name: trainings.run(training) for name, training in group.trainings.items()}
-    code, output = launch("train.py", group.num_processes, name, str(tmp_path))
+    code, output = launch("train.py", group.num_processes, name, str(tmp_path), *by_put)
     assert code == 0, output
     for training, in_one in expected.items():
         found = [

@@ -1,8 +1,9 @@
 """Two stages in two pinned processes, against what two cores can do at all.
 
-    python experiments/cores/benchmark.py [--model mlp] [--rounds 7]
+    python experiments/cores/benchmark.py [--model mlp] [--rounds 7] [--torch PYTHON]
 
-All systems are started once and then take turns, so that the noise of the machine hits all of them.
+PYTHON is one of an environment that has PyTorch, which then takes its turns, too. All systems are
+started once, and the noise of the machine hits all of them.
 """
 
 import argparse
@@ -16,14 +17,15 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).parent
+WORKER = HERE / "worker.py"
 STEPS = {"transformer": 6, "mlp": 16}
 
 
 class System:
     """Some processes, each pinned to a core, that take steps together when told."""
 
-    def __init__(self, name, model, cores):
-        self.name = name
+    def __init__(self, name, model, cores, python=None):
+        command = [python, HERE / "torch_worker.py"] if python else [sys.executable, WORKER]
         port = _free_port()
         self.processes = []
         for number, core in enumerate(cores):
@@ -34,7 +36,7 @@ class System:
             }
             self.processes.append(
                 subprocess.Popen(
-                    ["taskset", "-c", str(core), sys.executable, HERE / "worker.py", name, model],
+                    ["taskset", "-c", str(core), *command, name, model],
                     env=os.environ | told | {"JAX_PLATFORMS": "cpu"},
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
@@ -65,7 +67,7 @@ def _free_port():
         return listener.getsockname()[1]
 
 
-def measure(model, rounds):
+def measure(model, rounds, torch=None):
     """For each system the seconds of a step, round by round."""
     cores = sorted(os.sched_getaffinity(0))[:2]
     one, two = [cores[0]], cores
@@ -79,6 +81,9 @@ def measure(model, rounds):
         "one process, microbatches": System("single:8", model, one),
         "one process, whole": System("single:1", model, one),
     }
+    if torch:
+        systems["PyTorch: 1F1B"] = System("pipe", model, two, torch)
+        systems["PyTorch: one process"] = System("single", model, one, torch)
     pairs = {
         "two processes, microbatches": System("single:8", model, two[1:]),
         "two processes, whole": System("single:1", model, two[1:]),
@@ -120,15 +125,24 @@ def ratios(found):
             independent / bubble / pipe,
         )
         yield f"{name}: one process over pipeline", seconds[f"one process, {whole}"] / pipe
+    if "PyTorch: 1F1B" not in seconds:
+        return
+    pipe, single = seconds["1F1B"], seconds["one process, microbatches"]
+    theirs, their_single = seconds["PyTorch: 1F1B"], seconds["PyTorch: one process"]
+    yield "PyTorch: one process over pipeline", their_single / theirs
+    yield "kernels' share: PyTorch's one process over ours", their_single / single
+    yield "pipeline's share: our speed-up over PyTorch's", (single / pipe) / (their_single / theirs)
+    yield "both: PyTorch's 1F1B over ours", theirs / pipe
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", choices=STEPS, nargs="*", default=list(STEPS))
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--torch", metavar="PYTHON", help="one with PyTorch")
     arguments = parser.parse_args()
     for model in arguments.model:
-        found = measure(model, arguments.rounds)
+        found = measure(model, arguments.rounds, arguments.torch)
         print(f"\n{model}\n\n| | ms a minibatch | quartiles |\n|---|---:|---|")
         for name, values in found.items():
             low, middle, high = np.percentile(np.asarray(values) * 1e3, (25, 50, 75))

@@ -1,9 +1,4 @@
-"""Moves values between processes.
-
-The sender offers its arrays under a number, and the receiver fetches them under it
-(`jax.experimental.transfer`). Both return at once: what is fetched becomes ready when it has come,
-and is fetched as soon as the program that reads it is dispatched, long before that runs.
-"""
+"""Moves values between processes, whatever they are: over a wire that knows arrays only."""
 
 from __future__ import annotations
 
@@ -15,17 +10,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import transfer
-from jax.sharding import Sharding
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from pdjax.distributed import Peers
+from pdjax.runtime.wires import End, Way, find_wire
 from pdjax.trees import is_key
 
-_COUNT_BITS, _ENDPOINT_BITS = 24, 14
 _runs = itertools.count()
 
 
-class TransferTransport:
+class RemoteTransport:
     """Between places of any processes.
 
     What crosses processes is numbered on each way from one place to another, in the same order on
@@ -40,39 +34,31 @@ class TransferTransport:
         owners = [next(iter(placement.device_set)).process_index for placement in placements]
         self.here = tuple(owner == peers.process_id for owner in owners)
         # Beside the places every process has an end of its own, for what all processes get.
-        self._owners = (*owners, *range(peers.num_processes))
-        if len(self._owners) > 2**_ENDPOINT_BITS:
-            raise ValueError(
-                f"{len(owners)} workers in {peers.num_processes} processes; there may be "
-                f"{2**_ENDPOINT_BITS} together."
-            )
-        own = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        self._shardings = (*placements, *[own] * peers.num_processes)
-        self._peers = peers
+        self._ends = (
+            *itertools.starmap(End, zip(owners, placements, strict=True)),
+            *(End(process, _first_of(process)) for process in range(peers.num_processes)),
+        )
         self._first_end = len(owners)
+        self._peers = peers
         self._counts: Counter[tuple[int, int]] = Counter()
         # All processes make their transports in the same order.
-        self._run = next(_runs) % 2 ** (63 - _COUNT_BITS - 2 * _ENDPOINT_BITS)
-        self._server = _server(peers.address)
-        self._addresses = peers.exchange("address for transfers", self._server.address())
-        self._connections: dict[int, Any] = {}
+        self._wire = find_wire(self._ends, peers, next(_runs))
 
     def move(
         self, values: Sequence[jax.Array] | None, shapes: Sequence[Any], source: int, target: int
     ) -> Sequence[jax.Array] | None:
         """As `Transport.move`."""
         own = self._peers.process_id
-        here, there = (self._owners[end] == own for end in (source, target))
+        here, there = (self._ends[end].process == own for end in (source, target))
         if here == there:  # nothing crosses processes, or between others
             return values
-        number = self._counts[source, target]
-        self._counts[source, target] = number + 1
-        name = self._name(source, target, number)
+        way = Way(source, target, self._counts[source, target])
+        self._counts[source, target] += 1
         if there:
-            return self._fetch(name, shapes, source, target)
+            return self._receive(shapes, way)
         assert values is not None
         # What has no elements would never arrive.
-        self._server.await_pull(name, [_raw(value) for value in values if value.size])
+        self._wire.send([_raw(value) for value in values if value.size], way)
         return None
 
     def broadcast(
@@ -80,7 +66,7 @@ class TransferTransport:
     ) -> Sequence[jax.Array]:
         """As `Transport.broadcast`."""
         found = values
-        for end in range(self._first_end, len(self._owners)):
+        for end in range(self._first_end, len(self._ends)):
             moved = self.move(values, shapes, source, end)
             found = moved if found is None else found
         assert found is not None
@@ -90,35 +76,21 @@ class TransferTransport:
         """As `Transport.meet`."""
         self._peers.exchange("everybody has what was sent", None)
 
-    def _name(self, source: int, target: int, number: int) -> int:
-        """What nothing else on its way has the same of: run, ends and number in 63 bits."""
-        name = self._run
-        for part in (source, target):
-            name = name << _ENDPOINT_BITS | part
-        return name << _COUNT_BITS | number % 2**_COUNT_BITS
-
-    def _fetch(
-        self, name: int, shapes: Sequence[Any], source: int, target: int
-    ) -> Sequence[jax.Array]:
-        process, sharding = self._owners[source], self._shardings[target]
-        if process not in self._connections:
-            self._connections[process] = self._server.connect(self._addresses[process])
-        wanted = [_raw_shape(shape, sharding) for shape in shapes]
-        found = iter(self._connections[process].pull(name, [s for s in wanted if s.size]))
-        values = [next(found) if s.size else _empty(s) for s in wanted]
+    def _receive(self, shapes: Sequence[Any], way: Way) -> Sequence[jax.Array]:
+        wanted = [_raw_shape(shape) for shape in shapes]
+        found = iter(self._wire.receive([s for s in wanted if s.size], way))
+        sharding = self._ends[way.target].sharding
+        values = [next(found) if s.size else _empty(s, sharding) for s in wanted]
         return [_cooked(value, shape) for value, shape in zip(values, shapes, strict=True)]
 
 
-@cache
-def _server(address: str) -> Any:
-    """The server of this process; there is one for all pipelines."""
-    client = jax.local_devices()[0].client
-    host = f"[{address}]:0" if ":" in address else f"{address}:0"
-    return transfer.start_transfer_server(client, host, [host])
+def _first_of(process: int) -> Sharding:
+    device = next(d for d in jax.devices() if d.process_index == process)
+    return SingleDeviceSharding(device)
 
 
-def _empty(shape: jax.ShapeDtypeStruct) -> jax.Array:
-    return jax.device_put(np.zeros(shape.shape, shape.dtype), shape.sharding)
+def _empty(shape: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
+    return jax.device_put(np.zeros(shape.shape, shape.dtype), sharding)
 
 
 def _raw(value: jax.Array) -> jax.Array:
@@ -126,10 +98,10 @@ def _raw(value: jax.Array) -> jax.Array:
     return jax.random.key_data(value) if is_key(value) else value
 
 
-def _raw_shape(shape: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
+def _raw_shape(shape: Any) -> jax.ShapeDtypeStruct:
     if is_key(shape):
         shape = jax.eval_shape(jax.random.key_data, shape)
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype)
 
 
 def _cooked(value: jax.Array, shape: Any) -> jax.Array:
