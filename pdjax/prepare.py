@@ -29,6 +29,7 @@ from pdjax.runtime.passes import Passes, PlacedConsts
 from pdjax.runtime.placed import Values
 from pdjax.runtime.places import Places
 from pdjax.runtime.reduce import MeanOfState, Reduce, find_reduce
+from pdjax.runtime.ring import Replicas
 from pdjax.runtime.start import Starter
 from pdjax.runtime.state import Feed, Run, StageState, WorkerTally
 from pdjax.runtime.update import UpdateRunner
@@ -170,12 +171,14 @@ class Prepared:
         params, state = map(jax.tree.leaves, (self._example.params, self._example.state))
         for stage, count in enumerate(self.places.replicas):
             if count > 1 and any(self._here[at] for at in self.places.of_stage(stage)):
-                where = [self._settings.placements[at] for at in self.places.of_stage(stage)]
+                at = self.places.of_stage(stage)
+                where = [self._settings.placements[place] for place in at]
+                replicas = Replicas(at, where, self.transport)
                 shapes = [params[i] for i in self.update.stages[stage].params]
                 kept = {i: state[i] for i in self.split.stages[stage].updates}
                 found[stage] = (
-                    find_reduce(where, shapes),
-                    MeanOfState(where, kept) if kept else None,
+                    find_reduce(replicas, shapes),
+                    MeanOfState(replicas, kept) if kept else None,
                 )
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -164,12 +165,8 @@ def make_devices(num_devices: int) -> None:
 
     It must come before JAX is first used; afterwards it does nothing.
     """
-    try:
+    with contextlib.suppress(RuntimeError):  # JAX runs already; Pipeline says if they are too few
         jax.config.update("jax_num_cpu_devices", num_devices)
-    except RuntimeError:
-        return  # JAX runs already; Pipeline says if the devices are too few
-    if distributed.current() is not None:
-        distributed.make_room()
 
 
 def _check(config: TrainConfig) -> None:

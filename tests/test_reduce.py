@@ -14,7 +14,9 @@ from jax.sharding import SingleDeviceSharding
 import pdjax
 from pdjax import schedules
 from pdjax.runtime.reduce import AllReduce, MeanOfState, SumOnEach, find_reduce
+from pdjax.runtime.ring import Replicas, RingReduce
 from pdjax.runtime.state import StageState
+from pdjax.runtime.transport import LocalTransport
 
 KEY = jax.random.key(0)
 SHAPES = {"scalar": (), "vector": (3,), "another scalar": (), "none": (0, 2), "matrix": (2, 3)}
@@ -35,11 +37,21 @@ def shapes_of(arrays):
     return [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
 
 
-KINDS = pytest.mark.parametrize("kind", [AllReduce, SumOnEach])
+def here(placements) -> Replicas:
+    """Replicas of this process."""
+    places = range(len(placements))
+    return Replicas(places, placements, LocalTransport(len(places)))
+
+
+def ring(placements, shapes, *, mean=False):
+    return RingReduce(here(placements), shapes, mean=mean)
+
+
+KINDS = pytest.mark.parametrize("kind", [AllReduce, SumOnEach, ring])
 
 
 @KINDS
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, 3, 5])
 @pytest.mark.parametrize("mean", [False, True])
 def test_each_replica_gets_the_sum_in_the_shapes_that_it_gave(kind, count, mean):
     places, parts = parts_on(count)
@@ -78,10 +90,30 @@ def test_both_kinds_sum_in_the_same_order(mean):
     assert one.sent_bytes == other.sent_bytes
 
 
+def test_arrays_of_several_types_go_around_together():
+    places, parts = parts_on(3)
+    halves = [tuple(x.astype(jnp.float16) for x in part) for part in parts]
+    mixed = [(*half, *part, *half) for half, part in zip(halves, parts, strict=True)]
+    got = ring(places, shapes_of(mixed[0]))(mixed)
+    for sums in got:
+        assert sums is not None
+        chex.assert_trees_all_equal_shapes_and_dtypes(sums, mixed[0])
+        for at, column in enumerate(zip(*mixed, strict=True)):
+            expected = sum(np.asarray(x, np.float32) for x in column)
+            np.testing.assert_allclose(np.asarray(sums[at], np.float32), expected, atol=5e-3)
+
+
+def test_nothing_to_sum():
+    places, _ = parts_on(2)
+    nothing = jax.ShapeDtypeStruct((0, 2), jnp.float32)
+    for shapes in ([], [nothing]):
+        assert [len(sums or ()) for sums in ring(places, shapes)([None, None])] == [len(shapes)] * 2
+
+
 def test_no_thread_waits_for_another_in_a_process_with_cpu_devices():
     """XLA would end the process if one came 40 s late."""
     places, parts = parts_on(3)
-    reduce = find_reduce(places, shapes_of(parts[0]))
+    reduce = find_reduce(here(places), shapes_of(parts[0]))
     assert not any("all_reduce" in lower().as_text() for lower in reduce.lowerings())
     collective = AllReduce(places, shapes_of(parts[0]))
     assert any("all_reduce" in lower().as_text() for lower in collective.lowerings())
@@ -119,7 +151,7 @@ def test_mutable_state_that_has_no_mean_is_left_as_it_is(compilations):
     shapes = {0: jax.ShapeDtypeStruct((), jnp.int32)}
     before = [dict(state.model) for state in states]
     compilations.clear()
-    mean = MeanOfState(places, shapes)
+    mean = MeanOfState(here(places), shapes)
     mean(states)
     assert [state.model for state in states] == before
     assert list(mean.lowerings()) == []
@@ -133,7 +165,7 @@ def test_scalars_of_the_mutable_state_are_averaged_and_counters_kept():
         for at, place in enumerate(places)
     ]
     shapes = {at: jax.ShapeDtypeStruct(x.shape, x.dtype) for at, x in states[0].model.items()}
-    MeanOfState(places, shapes)(states)
+    MeanOfState(here(places), shapes)(states)
     for state in states:
         expected = {0: np.float32(2), 1: np.int32(3), 2: np.full(2, 0.5, np.float32)}
         chex.assert_trees_all_equal(jax.device_get(state.model), expected)

@@ -9,5 +9,4 @@ from pdjax.distributed.peers import Peers as Peers
 from pdjax.distributed.starting import current as current
 from pdjax.distributed.starting import initialize as initialize
 from pdjax.distributed.starting import is_needed as is_needed
-from pdjax.distributed.starting import make_room as make_room
 from pdjax.distributed.starting import shutdown as shutdown

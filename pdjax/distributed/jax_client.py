@@ -99,7 +99,6 @@ def initialize(
     Raises:
         Exception: whatever JAX raises if it cannot start.
     """
-    make_room()
     # JAX's answer to SIGTERM would be to note it and live on, until the program asks about it.
     jax.config.update("jax_enable_preemption_service", False)
     with _without_proxy(joined.coordinator.rpartition(":")[0]):
@@ -134,24 +133,6 @@ def _without_proxy(host: str) -> Iterator[None]:
             del os.environ[variable]
         else:
             os.environ[variable] = before
-
-
-def make_room() -> None:
-    """Gives JAX's CPU client a thread for each device more than there are cores.
-
-    An all-reduce keeps a thread waiting for the other processes, for each device that takes part.
-    With none left, programs that the others wait for would not run. It must come before JAX is
-    first used, and after `jax_num_cpu_devices` is set.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    devices = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
-    wanted = str((cores or 1) + max(devices, 1))
-    if os.environ.get("PJRT_NPROC", _Room.made) == _Room.made:
-        os.environ["PJRT_NPROC"] = _Room.made = wanted
-
-
-class _Room:
-    made = ""  # what `make_room` has written, to tell it from what a user has
 
 
 def shutdown() -> None:

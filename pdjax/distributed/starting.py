@@ -138,17 +138,6 @@ def initialize(
     return peers
 
 
-def make_room() -> None:
-    """Gives JAX's CPU client threads enough, once `jax_num_cpu_devices` is set.
-
-    `initialize` does so for what is set by then; call this if more devices are asked for later,
-    before JAX is first used.
-    """
-    from pdjax.distributed import jax_client
-
-    jax_client.make_room()
-
-
 def shutdown() -> None:
     """Ends this process's part in the run: waits until all others do the same, and leaves JAX's.
 

@@ -21,7 +21,6 @@ places, and of the others takes in what they send it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -85,8 +84,6 @@ class Executor:
         self._transport = transport
         self._average_state = average_state
         self._reduces = reduces or {}
-        # A program that waits for another process holds up what its thread dispatches after it.
-        self._aside = None if all(transport.here) else ThreadPoolExecutor(1, "pdjax-all-reduce")
         self._handlers: dict[InstructionKind, Callable[[Step, int, int], Any]] = {
             "F": self._forward,
             "B": self._backward,
@@ -252,12 +249,6 @@ class Executor:
         return made
 
     def _update(self, step: Step, place: int, microbatch: int) -> Any:
-        if self._aside is not None and self.places.stage_of[place] in self._reduces:
-            # It waits for the dispatch only.
-            return self._aside.submit(self._update_now, step, place, microbatch).result()
-        return self._update_now(step, place, microbatch)
-
-    def _update_now(self, step: Step, place: int, microbatch: int) -> Any:
         state, stage = step.run.stages[place], self.places.stage_of[place]
         update = self._update_of(step.run, place, microbatch)
         if update not in state.reduced:

@@ -12,34 +12,35 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from pdjax.runtime.placed import Values, placed, total
+from pdjax.runtime.ring import Replicas, RingReduce, ring_bytes
 from pdjax.runtime.state import StageState
 
 _AXIS = "replica"
-_INLINE = 1000
-"""Programs with fewer operations the CPU runs in the thread that dispatches them. One that waits
-for other processes would hold it up, so it is given more to do."""
 
 
 def find_reduce(
-    placements: Sequence[Sharding], shapes: Sequence[jax.ShapeDtypeStruct], *, mean: bool = False
+    replicas: Replicas, shapes: Sequence[jax.ShapeDtypeStruct], *, mean: bool = False
 ) -> Reduce:
     """What sums arrays over the devices of a stage's replicas.
 
     Args:
-        placements: where the replicas are, one device each.
+        replicas: where they are.
         shapes: of the arrays.
         mean: whether to make their mean instead.
     """
-    devices = [next(iter(placement.device_set)) for placement in placements]
-    here = all(device.process_index == jax.process_index() for device in devices)
-    on_each = here and all(device.platform == "cpu" for device in devices)
-    return (SumOnEach if on_each else AllReduce)(placements, shapes, mean=mean)
+    devices = [next(iter(placement.device_set)) for placement in replicas.placements]
+    if any(device.platform != "cpu" for device in devices):
+        return AllReduce(replicas.placements, shapes, mean=mean)
+    if all(replicas.here):
+        return SumOnEach(replicas.placements, shapes, mean=mean)
+    return RingReduce(replicas, shapes, mean=mean)
 
 
 class AllReduce:
     """Sums arrays over the devices of a stage's replicas; each of them gets all of the sum.
 
-    It is a program of its own, so that nobody who waits for a cotangent waits for the network.
+    It is a program of its own, so that nobody who waits for a cotangent waits for the network. For
+    GPUs and TPUs, whose collectives keep no thread waiting.
 
     Args:
         placements: where the replicas are, one device each.
@@ -57,9 +58,6 @@ class AllReduce:
         self._devices = [next(iter(placement.device_set)) for placement in placements]
         self._here = [device.process_index == jax.process_index() for device in self._devices]
         self._shapes = tuple(shapes)
-        self._num_wanted = len(self._shapes)
-        if not all(self._here) and 0 < sum(s.size for s in shapes) < _INLINE:
-            self._shapes += (jax.ShapeDtypeStruct((_INLINE,), jnp.float32),)
         mesh = Mesh(np.array(self._devices), (_AXIS,))
         self._sharding = NamedSharding(mesh, PartitionSpec(_AXIS))
         combine = jax.lax.pmean if mean else jax.lax.psum
@@ -112,7 +110,7 @@ class AllReduce:
     @property
     def sent_bytes(self) -> int:
         """Bytes that each replica sends, around a ring."""
-        return _ring_bytes(self._shapes[: self._num_wanted], len(self._devices))
+        return ring_bytes(self._shapes, len(self._devices))
 
     def __call__(self, parts: Sequence[Values | None]) -> list[Values | None]:
         """The sum on each replica.
@@ -139,14 +137,12 @@ class AllReduce:
                 if self._here[at]:
                     found[at].append(by_device[device])
         return [
-            self._shortened(at, tuple(values))[: self._num_wanted] if here else None
+            self._shortened(at, tuple(values)) if here else None
             for at, (values, here) in enumerate(zip(found, self._here, strict=True))
         ]
 
     def _lengthened(self, replica: int, part: Values | None) -> list[Any]:
-        lengthened = list(part or ())
-        if len(lengthened) < len(self._shapes):
-            lengthened += self._zeros[replica]()[len(lengthened) :]
+        lengthened = list(self._zeros[replica]() if part is None else part)
         if self._odd:
             odd = tuple(lengthened[at] for at in self._odd)
             for at, value in zip(self._odd, self._lengthen[replica](odd), strict=True):
@@ -207,7 +203,7 @@ class SumOnEach:
     @property
     def sent_bytes(self) -> int:
         """Bytes that each replica would send around a ring: what is simulated."""
-        return _ring_bytes(self._shapes, len(self._runs))
+        return ring_bytes(self._shapes, len(self._runs))
 
     def __call__(self, parts: Sequence[Values | None]) -> list[Values | None]:
         """The sum on each replica; `parts` as for `AllReduce`."""
@@ -220,7 +216,7 @@ class SumOnEach:
         return [run(given) for run in self._runs]
 
 
-Reduce = AllReduce | SumOnEach
+Reduce = AllReduce | RingReduce | SumOnEach
 
 
 def _zeros(
@@ -232,27 +228,19 @@ def _zeros(
     ]
 
 
-def _ring_bytes(shapes: Sequence[jax.ShapeDtypeStruct], count: int) -> int:
-    """What each of `count` replicas sends: 2 (r - 1) / r of the bytes of the arrays."""
-    size = sum(s.size * s.dtype.itemsize for s in shapes)
-    return round(2 * (count - 1) / count * size)
-
-
 class MeanOfState:
     """Averages the mutable state of a stage's replicas, at every update.
 
     Real leaves are averaged; of others every replica keeps its own.
 
     Args:
-        placements: where the replicas are.
+        replicas: where they are.
         shapes: of the leaves that the stage updates, by index.
     """
 
-    def __init__(
-        self, placements: Sequence[Sharding], shapes: dict[int, jax.ShapeDtypeStruct]
-    ) -> None:
+    def __init__(self, replicas: Replicas, shapes: dict[int, jax.ShapeDtypeStruct]) -> None:
         self._indices = [i for i, s in shapes.items() if jnp.issubdtype(s.dtype, jnp.inexact)]
-        self._mean = find_reduce(placements, [shapes[i] for i in self._indices], mean=True)
+        self._mean = find_reduce(replicas, [shapes[i] for i in self._indices], mean=True)
         self.lowerings = self._mean.lowerings
 
     def __call__(self, states: Sequence[StageState]) -> None:
