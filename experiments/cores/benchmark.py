@@ -18,6 +18,8 @@ import numpy as np
 
 HERE = Path(__file__).parent
 WORKER = HERE / "worker.py"
+BUBBLES = {"1F1B": 8 / 9, "PipeDream": 1.0}
+"""For each schedule the share of the time in which a worker computes at best."""
 STEPS = {"transformer": 6, "mlp": 16}
 
 
@@ -71,22 +73,24 @@ def measure(model, rounds, torch=None):
     """For each system the seconds of a step, round by round."""
     cores = sorted(os.sched_getaffinity(0))[:2]
     one, two = [cores[0]], cores
-    systems = {
-        "1F1B": System("pipe:one_f_one_b", model, two),
-        "PipeDream": System("pipe:pipedream", model, two),
-        "stage 0 of 1F1B": System("stage:one_f_one_b,0", model, one),
-        "stage 1 of 1F1B": System("stage:one_f_one_b,1", model, one),
-        "stage 0 of PipeDream": System("stage:pipedream,0", model, one),
-        "stage 1 of PipeDream": System("stage:pipedream,1", model, one),
-        "one process, microbatches": System("single:8", model, one),
-        "one process, whole": System("single:1", model, one),
+    systems = {}
+    for name in BUBBLES:
+        systems[name] = System(f"pipe:{name},0", model, two)
+        systems[f"{name}, slack 1"] = System(f"pipe:{name},1", model, two)
+        for stage in (0, 1):
+            spec = f"stage:{name},{stage}"
+            systems[f"stage {stage} of {name}"] = System(spec, model, [cores[stage]])
+    systems |= {
+        "one process, microbatches": System("loop:8", model, one),
+        "one process, microbatches, call by call": System("calls:8", model, one),
+        "one process, whole": System("loop:1", model, one),
     }
     if torch:
         systems["PyTorch: 1F1B"] = System("pipe", model, two, torch)
         systems["PyTorch: one process"] = System("single", model, one, torch)
     pairs = {
-        "two processes, microbatches": System("single:8", model, two[1:]),
-        "two processes, whole": System("single:1", model, two[1:]),
+        "two processes, microbatches": System("loop:8", model, two[1:]),
+        "two processes, whole": System("loop:1", model, two[1:]),
     }
     for system in (*systems.values(), *pairs.values()):
         system.answers()  # it is ready
@@ -114,20 +118,20 @@ def _at_once(first, second, steps):
 def ratios(found):
     """The goals: name, and for each round the ratio of the two times."""
     seconds = {name: np.asarray(values) for name, values in found.items()}
-    for name, bubble in (("1F1B", 8 / 9), ("PipeDream", 1.0)):
-        stages = [seconds[f"stage {number} of {name}"] for number in (0, 1)]
-        own, pipe = np.maximum(*stages), seconds[name]
+    for name, bubble in BUBBLES.items():
+        own = np.maximum(*(seconds[f"stage {stage} of {name}"] for stage in (0, 1))) / bubble
         whole = "whole" if name == "PipeDream" else "microbatches"
-        independent = seconds[f"two processes, {whole}"]
-        yield f"{name}: slower stage's own operations / bubble over pipeline", own / bubble / pipe
-        yield (
-            f"{name}: two independent processes / bubble over pipeline",
-            independent / bubble / pipe,
-        )
-        yield f"{name}: one process over pipeline", seconds[f"one process, {whole}"] / pipe
+        for system in (name, f"{name}, slack 1"):
+            pipe = seconds[system]
+            yield f"{system}: slower stage's own operations / bubble over pipeline", own / pipe
+            independent = seconds[f"two processes, {whole}"] / bubble
+            yield f"{system}: two independent processes / bubble over pipeline", independent / pipe
+            yield f"{system}: one process over pipeline", seconds[f"one process, {whole}"] / pipe
+    calls, loop = (seconds[f"one process, microbatches{how}"] for how in (", call by call", ""))
+    yield "one process: call by call over one program", calls / loop
     if "PyTorch: 1F1B" not in seconds:
         return
-    pipe, single = seconds["1F1B"], seconds["one process, microbatches"]
+    pipe, single = seconds["1F1B, slack 1"], seconds["one process, microbatches"]
     theirs, their_single = seconds["PyTorch: 1F1B"], seconds["PyTorch: one process"]
     yield "PyTorch: one process over pipeline", their_single / theirs
     yield "kernels' share: PyTorch's one process over ours", their_single / single

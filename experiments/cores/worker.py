@@ -20,20 +20,20 @@ import pdjax
 from pdjax import distributed, prepare
 
 UNCOUNTED = 4
+SCHEDULES = {"1F1B": (pdjax.one_f_one_b, NUM_MICROBATCHES), "PipeDream": (pdjax.pipedream, 1)}
 
 
 class Pipe:
     """Two stages, each in a process of its own, or both in this one."""
 
-    def __init__(self, model, schedule, cut=NUM_BLOCKS // 2):
+    def __init__(self, model, schedule, slack):
         loss_fn, params, self.batch = make_model(model)
-        whole = schedule == "pipedream"
+        make, count = SCHEDULES[schedule]
         self.pipe = pdjax.Pipeline(
             loss_fn,
             make_optimizer(),
-            schedule=schedule,
-            num_microbatches=None if whole else NUM_MICROBATCHES,
-            plan=[f"block_{cut}"],
+            schedule=make(2, count, slack=slack),
+            plan=[f"block_{NUM_BLOCKS // 2}"],
             nonfinite="ignore",
         )
         self.state = self.pipe.init(params, self.batch)
@@ -76,7 +76,7 @@ class Stage(Pipe):
 
     def __init__(self, model, schedule, stage):
         prepare.make_transport = lambda placements, peers: Canned(placements, stage)
-        super().__init__(model, schedule)
+        super().__init__(model, schedule, slack=0)
         self.stage = stage
 
     def step(self):
@@ -86,35 +86,58 @@ class Stage(Pipe):
 
 
 class Single:
-    """A plain jitted step of the whole model, over microbatches or over the whole minibatch."""
+    """A plain step of the whole model on the whole minibatch, or on microbatches one by one.
 
-    def __init__(self, model, count):
+    Args:
+        model: which one.
+        count: of microbatches.
+        loops: whether one jitted program loops over them; otherwise there is a call for each.
+    """
+
+    def __init__(self, model, count, loops):
         loss_fn, params, batch = make_model(model)
-        self.batch = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+        self._count, self._loops = count, loops
+        parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+        self._parts = [_part(parts, at) for at in range(count)]
+        self._batch = parts
         optimizer = make_optimizer()
         self.state = jax.tree.map(jnp.copy, params), optimizer.init(params)
 
-        def step(state, batch):
+        def add(total, params, part):
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_fn)(params, part))
+
+        def apply(state, total):
             params, opt = state
-
-            def add(total, part):
-                loss, grads = jax.value_and_grad(loss_fn)(params, part)
-                return jax.tree.map(jnp.add, total, (loss, grads)), None
-
-            zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-            if count == 1:
-                (loss, grads), _ = add(zeros, jax.tree.map(lambda x: x[0], batch))
-            else:
-                (loss, grads), _ = jax.lax.scan(add, zeros, batch)
-            loss, grads = jax.tree.map(lambda x: x / count, (loss, grads))
+            loss, grads = jax.tree.map(lambda x: x / count, total)
             updates, opt = optimizer.update(grads, opt, params)
             return (jax.tree.map(jnp.add, params, updates), opt), loss
 
+        def step(state, batch):
+            params, _ = state
+            if count == 1:
+                return apply(state, jax.value_and_grad(loss_fn)(params, _part(batch, 0)))
+            total = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+            total, _ = jax.lax.scan(lambda t, part: (add(t, params, part), None), total, batch)
+            return apply(state, total)
+
         self._step = jax.jit(step, donate_argnums=0)
+        self._one = jax.jit(jax.value_and_grad(loss_fn))
+        self._add = jax.jit(add, donate_argnums=0)
+        self._apply = jax.jit(apply, donate_argnums=0)
 
     def step(self):
-        self.state, loss = self._step(self.state, self.batch)
+        if self._loops:
+            self.state, loss = self._step(self.state, self._batch)
+            return loss
+        total = self._one(self.state[0], self._parts[0])
+        for part in self._parts[1:]:
+            total = self._add(total, self.state[0], part)
+        self.state, loss = self._apply(self.state, total)
         return loss
+
+
+def _part(batch, at):
+    return jax.tree.map(lambda x: x[at], batch)
 
 
 _first = jax.jit(lambda leaf: leaf.ravel()[0])
@@ -150,13 +173,14 @@ def main():
     kind, _, detail = arguments.system.partition(":")
     if kind == "pipe":
         distributed.initialize()
-        system = Pipe(arguments.model, detail)
+        schedule, slack = detail.split(",")
+        system = Pipe(arguments.model, schedule, int(slack))
     elif kind == "stage":
         jax.config.update("jax_num_cpu_devices", 2)
         schedule, number = detail.split(",")
         system = Stage(arguments.model, schedule, int(number))
     else:
-        system = Single(arguments.model, int(detail))
+        system = Single(arguments.model, int(detail), loops=kind == "loop")
     step_s(system, 2)
     print(json.dumps("ready"), flush=True)
     for line in itertools.takewhile(str.strip, sys.stdin):
