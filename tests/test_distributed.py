@@ -516,6 +516,26 @@ def test_the_goodbye_is_not_lost_though_the_others_still_talk():
         closing.result(WAIT_S)
 
 
+def test_what_is_to_be_finished_is_finished_before_the_goodbye():
+    with run_of(2) as (everyone, losses), ThreadPoolExecutor(2) as pool:
+        is_done, calls = threading.Event(), []
+
+        def finish():
+            calls.append(is_done.wait(WAIT_S))
+
+        everyone[0].finish_first(finish)
+        everyone[0].finish_first(finish)
+        closing = [pool.submit(peers.close) for peers in everyone]
+        time.sleep(0.1)
+        assert everyone[1].ended() == {}
+        is_done.set()
+        for future in closing:
+            future.result(WAIT_S)
+        everyone[0].close()
+        assert calls == [True]
+        assert all(heard.empty() for heard in losses)
+
+
 def test_no_exchange_with_one_that_has_ended():
     with run_of(2, raw=[1]) as (everyone, losses), ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(everyone[0].exchange, "plan", 1)

@@ -21,7 +21,7 @@ import trainings
 
 import pdjax
 from pdjax import joint_topology
-from pdjax.runtime import wires
+from pdjax.runtime import remote, wires
 from pdjax.runtime.holdings import Holdings
 from pdjax.runtime.places import Places
 from pdjax.topology import Level
@@ -178,6 +178,36 @@ def test_topology_of_several_processes(owners, memory, expected, monkeypatch):
     devices = [SimpleNamespace(process_index=owner) for owner in owners]
     peers: Any = Both()
     assert str(joint_topology.joint_topology(devices, peers)) == expected
+
+
+class Slow:
+    """An array that is on its way until it is told to have come."""
+
+    def __init__(self):
+        self.has_come, self.was_awaited = False, False
+
+    def is_ready(self):
+        return self.has_come
+
+    def is_deleted(self):
+        return False
+
+    def block_until_ready(self):
+        self.was_awaited = True
+
+
+def test_what_is_on_its_way_is_awaited_and_nothing_else_is_held():
+    arrivals, first, second, third = remote.Arrivals(), Slow(), Slow(), Slow()
+    gone = jax.device_put(1.0)
+    gone.delete()
+    arrivals.add(cast(Any, [first, second]))
+    second.has_come = True
+    arrivals.add(cast(Any, [third, gone]))
+    arrivals.wait()
+    assert [one.was_awaited for one in (first, second, third)] == [True, False, True]
+    first.was_awaited = False
+    arrivals.wait()
+    assert not first.was_awaited
 
 
 def test_what_is_sent_to_be_evaluated_is_a_copy():

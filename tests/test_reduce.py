@@ -103,6 +103,17 @@ def test_arrays_of_several_types_go_around_together():
             np.testing.assert_allclose(np.asarray(sums[at], np.float32), expected, atol=5e-3)
 
 
+def test_arrays_may_be_cut_before_others_are_summed_up():
+    places, parts = parts_on(3)
+    _, others = parts_on(3)
+    reduce = ring(places, shapes_of(parts[0]))
+    begun = [reduce.begin(at, part) for at, part in enumerate(parts)]
+    reduce([None, others[1], None])
+    some = [begun[0], parts[1], begun[2]]
+    for sums in (reduce(begun), reduce(some)):
+        chex.assert_trees_all_equal(jax.device_get(sums), jax.device_get(reduce(parts)))
+
+
 def test_nothing_to_sum():
     places, _ = parts_on(2)
     nothing = jax.ShapeDtypeStruct((0, 2), jnp.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pdjax.distributed.members import Member
@@ -41,6 +41,7 @@ class Peers:
         self._mesh = mesh
         self._pulse = pulse
         self._standing = mesh.standings[own_id]
+        self._to_finish: list[Callable[[], None]] = []
         self._turn = 0
         self._turns = threading.Lock()
         self._closed = False
@@ -101,6 +102,15 @@ class Peers:
             if standing.has_ended
         }
 
+    def finish_first(self, wait: Callable[[], None]) -> None:
+        """Has `close` wait for something before it says goodbye.
+
+        Args:
+            wait: returns when it is done; given again it is not called twice.
+        """
+        if wait not in self._to_finish:
+            self._to_finish.append(wait)
+
     def fail(self, reason: str) -> None:
         """Tells the others that this process ends before its time, so that they end, too.
 
@@ -134,6 +144,9 @@ class Peers:
 
         A loss among those who still work ends this process, too, as long as it waits.
         """
+        if not self._closed:
+            for wait in self._to_finish:
+                wait()
         with self._closing:
             if self._closed:
                 return

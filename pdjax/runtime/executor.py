@@ -21,6 +21,7 @@ places, and of the others takes in what they send it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ from pdjax.runtime.passes import InstructionKind, Passes
 from pdjax.runtime.placed import Values, total
 from pdjax.runtime.places import Places
 from pdjax.runtime.reduce import MeanOfState, Reduce
+from pdjax.runtime.ring import RingReduce
 from pdjax.runtime.stage import OutputIndex
 from pdjax.runtime.state import Feed, Kept, Run, StageState, Step
 from pdjax.runtime.transport import Transport
@@ -84,6 +86,9 @@ class Executor:
         self._transport = transport
         self._average_state = average_state
         self._reduces = reduces or {}
+        # On a CPU XLA runs what one thread dispatches in order: what waits for another process
+        # would hold up the passes behind it.
+        self._aside = None if all(transport.here) else ThreadPoolExecutor(1, "pdjax-all-reduce")
         self._handlers: dict[InstructionKind, Callable[[Step, int, int], Any]] = {
             "F": self._forward,
             "B": self._backward,
@@ -184,6 +189,7 @@ class Executor:
             state.gradients.pop(update, None),
         )
         state.gradients[update], returns = made
+        self._begin_reduce(run, place, microbatch)
         self._tally(run, place, -passes.stash_bytes[place])
         self._return(run, passes, place, microbatch, returns)
         return made
@@ -227,6 +233,7 @@ class Executor:
         update = self._update_of(run, place, microbatch)
         made = runner.fused(weights, given, received, state.gradients.pop(update, None))
         outputs, state.gradients[update], returns = made
+        self._begin_reduce(run, place, microbatch)
         state.peak_in_flight = max(state.peak_in_flight, 1)
         self._tally(run, place, 0)
         self._deliver(step, place, microbatch, outputs, runner.fused_outputs)
@@ -249,6 +256,12 @@ class Executor:
         return made
 
     def _update(self, step: Step, place: int, microbatch: int) -> Any:
+        if self._aside is not None and self.places.stage_of[place] in self._reduces:
+            # It waits for the dispatch only.
+            return self._aside.submit(self._update_now, step, place, microbatch).result()
+        return self._update_now(step, place, microbatch)
+
+    def _update_now(self, step: Step, place: int, microbatch: int) -> Any:
         state, stage = step.run.stages[place], self.places.stage_of[place]
         update = self._update_of(step.run, place, microbatch)
         if update not in state.reduced:
@@ -263,6 +276,20 @@ class Executor:
         if len(step.updating) == len(self._updates):
             self._apply_together(step, microbatch)
         return None
+
+    def _begin_reduce(self, run: Run, place: int, microbatch: int) -> None:
+        """Cuts the gradients of a replica for the way, if that of its last microbatch came in."""
+        stage, update = self.places.stage_of[place], self._update_of(run, place, microbatch)
+        reduce = self._reduces[stage][0] if stage in self._reduces else None
+        if not isinstance(reduce, RingReduce):
+            return
+        end = run.start + (update + 1) * self._sizes[place]
+        following = range(microbatch + 1, end)
+        if all(self.places.pick(stage, self._turn(run, other)) != place for other in following):
+            gradients, at = run.stages[place].gradients, place - self.places.of_stage(stage)[0]
+            sums = gradients[update]
+            assert sums is not None
+            gradients[update] = reduce.begin(at, sums)
 
     def _reduce(self, run: Run, stage: int, update: int) -> None:
         """Sums the gradients of a stage's replicas, and averages their mutable state."""

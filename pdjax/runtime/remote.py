@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +18,36 @@ from pdjax.runtime.wires import End, Way, find_wire
 from pdjax.trees import is_key
 
 _runs = itertools.count()
+
+
+class Arrivals:
+    """What was asked for and has perhaps not come.
+
+    No process may end before it has all that: those who send it would, and what a client of JAX
+    does with arrays that are on their way when it is torn down ends in a crash.
+    """
+
+    def __init__(self) -> None:
+        self._expected: list[jax.Array] = []
+
+    def add(self, values: Sequence[jax.Array]) -> None:
+        """Notes what was asked for; forgets what has come."""
+        self._expected = [value for value in self._expected if not _has_come(value)]
+        self._expected.extend(values)
+
+    def wait(self) -> None:
+        """Returns when everything has come."""
+        expected, self._expected = self._expected, []
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # others will say what is lost
+            jax.block_until_ready([value for value in expected if not value.is_deleted()])
+
+
+def _has_come(value: jax.Array) -> bool:
+    # Every array has it; the type that JAX publishes does not name it.
+    return value.is_deleted() or value.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+_arrivals = Arrivals()
 
 
 class RemoteTransport:
@@ -43,6 +74,7 @@ class RemoteTransport:
         self._counts: Counter[tuple[int, int]] = Counter()
         # All processes make their transports in the same order.
         self._wire = find_wire(self._ends, peers, next(_runs))
+        peers.finish_first(_arrivals.wait)
 
     def move(
         self, values: Sequence[jax.Array] | None, shapes: Sequence[Any], source: int, target: int
@@ -78,7 +110,9 @@ class RemoteTransport:
 
     def _receive(self, shapes: Sequence[Any], way: Way) -> Sequence[jax.Array]:
         wanted = [_raw_shape(shape) for shape in shapes]
-        found = iter(self._wire.receive([s for s in wanted if s.size], way))
+        received = self._wire.receive([s for s in wanted if s.size], way)
+        _arrivals.add(received)
+        found = iter(received)
         sharding = self._ends[way.target].sharding
         values = [next(found) if s.size else _empty(s, sharding) for s in wanted]
         return [_cooked(value, shape) for value, shape in zip(values, shapes, strict=True)]

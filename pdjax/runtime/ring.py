@@ -42,6 +42,16 @@ class Replicas(NamedTuple):
         return [self.transport.here[place] for place in self.places]
 
 
+class Pieces(NamedTuple):
+    """The arrays of a replica, cut.
+
+    Attributes:
+        pieces: each of them has a part of the arrays of every type.
+    """
+
+    pieces: Sequence[Values]
+
+
 class RingReduce:
     """An all-reduce out of transfers and programs of one device each.
 
@@ -89,12 +99,24 @@ class RingReduce:
         """Bytes that each replica sends."""
         return ring_bytes(self._shapes, len(self._here))
 
-    def __call__(self, parts: Sequence[Values | None]) -> list[Values | None]:
+    def begin(self, at: int, part: Values) -> Pieces:
+        """Cuts the arrays of a replica of this process.
+
+        It may be called as soon as they are complete, in the thread that dispatches passes: cut
+        behind passes that follow, they would be sent too late to be on their way meanwhile.
+
+        Args:
+            at: which replica.
+            part: its arrays.
+        """
+        return Pieces(self._split[at](tuple(part)) if self._piece else ())
+
+    def __call__(self, parts: Sequence[Values | Pieces | None]) -> list[Values | None]:
         """The sum on each replica.
 
         Args:
-            parts: the arrays of each replica, where it is; None for one that has none, or is in
-                another process.
+            parts: the arrays of each replica, where it is, or what `begin` has made of them; None
+                for one that has none, or is in another process.
 
         Returns:
             The sums; None for replicas in other processes.
@@ -103,10 +125,8 @@ class RingReduce:
         if not self._piece:  # nothing to add up
             return [self._zeros[at]() if here else None for at, here in enumerate(self._here)]
         pieces: list[list[Values] | None] = [
-            list(self._split[at](self._zeros[at]() if part is None else tuple(part)))
-            if self._here[at]
-            else None
-            for at, part in enumerate(parts)
+            self._pieces(at, part) if here else None
+            for at, (part, here) in enumerate(zip(parts, self._here, strict=True))
         ]
         for turn in range(count - 1):
             for at, came in self._pass_on(pieces, -turn):
@@ -121,6 +141,11 @@ class RingReduce:
         return [
             None if own is None else self._join[at](tuple(own)) for at, own in enumerate(pieces)
         ]
+
+    def _pieces(self, at: int, part: Values | Pieces | None) -> list[Values]:
+        if isinstance(part, Pieces):
+            return list(part.pieces)
+        return list(self._split[at](self._zeros[at]() if part is None else tuple(part)))
 
     def _pass_on(self, pieces: Sequence[list[Values] | None], offset: int) -> list[Any]:
         """Each replica sends the piece of its own number plus `offset` to the next one.
