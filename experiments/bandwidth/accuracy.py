@@ -30,8 +30,8 @@ from pdjax.training.task import make_task
 
 HERE = Path(__file__).parent
 SYSTEMS = ("PipeDream", "data parallelism")
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
-MOST_EXAMPLES = 20_000
+RATES = (1e-4, 3e-4, 1e-3)
+MOST_EXAMPLES = 12_000
 
 
 def profile(path):

@@ -64,7 +64,7 @@ def run(cluster: Cluster, fault: str, host: int, num_hosts: int, folder: Path) -
         if fault == "cut":
             cluster.mend(host)
         processes.send(host, signal.SIGKILL)
-    lines = [line for line in said.getvalue().splitlines() if "lost process" in line]
+    lines = [line for line in said.getvalue().splitlines() if "] error: " in line]
     word = lines[0] if lines else "nothing"
     return [fault, f"host{host}", f"{seconds:.2f}", " ".join(map(str, codes)), word]
 
