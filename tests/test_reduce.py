@@ -9,10 +9,11 @@ import numpy as np
 import optax
 import oracle
 import pytest
+import zoo
 from jax.sharding import SingleDeviceSharding
 
 import pdjax
-from pdjax import schedules
+from pdjax import prepare, schedules
 from pdjax.runtime.reduce import AllReduce, MeanOfState, SumOnEach, find_reduce
 from pdjax.runtime.ring import Replicas, RingReduce
 from pdjax.runtime.state import StageState
@@ -128,6 +129,23 @@ def test_no_thread_waits_for_another_in_a_process_with_cpu_devices():
     assert not any("all_reduce" in lower().as_text() for lower in reduce.lowerings())
     collective = AllReduce(places, shapes_of(parts[0]))
     assert any("all_reduce" in lower().as_text() for lower in collective.lowerings())
+
+
+def test_arrays_are_cut_when_they_are_complete_in_whatever_order_they_come(monkeypatch):
+    """As between processes, and with backward passes that do not run in order of microbatches."""
+    monkeypatch.setattr(prepare, "find_reduce", RingReduce)
+    grid = "worker 0: 0F0 0F2 0F4 0B4 0B0 0B2 0U5\nworker 1: 0F1 0F3 0F5 0B3 0B5 0B1 0U5"
+    schedule = schedules.Schedule.parse(f"mine: 1 stages, 6 microbatches\n{grid}")
+    case = zoo.dense_blocks(num_blocks=2)
+    pipe = pdjax.Pipeline(case.loss_fn, optax.adam(0.1), schedule=schedule)
+    batches = [case.make_batch(12, seed) for seed in range(4)]
+    state = pipe.init(case.params, batches[0], rng=KEY)
+    for batch in batches:
+        state, _ = pipe.step(state, batch)
+    expected, _, _ = oracle.replay_synchronous(
+        case.loss_fn, optax.adam(0.1), case.params, batches, 6, KEY
+    )
+    chex.assert_trees_all_close(pipe.params(state), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_scalar_parameters_of_a_replicated_stage():

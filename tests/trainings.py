@@ -414,6 +414,9 @@ MIXED = _of(
     replicas_amid=Training(
         schedules.pipedream(3, replicas=(1, 2, 1)), dense, sizes=(2,) * 5, order=(2, 1, 3, 0)
     ),
+    zero_bubble_v=Training(  # processes come to what all are told in different turns
+        schedules.zero_bubble_v(4, 3), knotted, CLIPPED, (2, 2), options=WEIGHTED, order=(0, 2)
+    ),
     first_replicated=Training(
         schedules.pipedream(2, replicas=(2, 1)), dense, sizes=(2,) * 5, order=(1, 3, 0)
     ),

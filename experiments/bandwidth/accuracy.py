@@ -87,7 +87,8 @@ def draw(runs, rate):
                 seconds, values = np.transpose(points)
                 if name == "loss":
                     width = max(1, len(values) // 60)
-                    values = np.convolve(values, np.ones(width) / width, "same")
+                    seconds = seconds[width - 1 :]
+                    values = np.convolve(values, np.ones(width) / width, "valid")
                 axis.plot(seconds, values, color=colours[system], label=label, lw=1.3)
     axes[0].set_yscale("log")
     axes[0].set(xlabel="seconds", ylabel="training loss")

@@ -3,8 +3,10 @@
     python worker.py profile MODEL FILE          measures the layers, on one host
     python worker.py SYSTEM MODEL PLAN STEPS     trains; the first process prints a line of JSON
 
-A step is a minibatch of so many examples as the host takes at a time, for each host under data
-parallelism and GPipe; the seconds are those between two losses far apart, in the steady state.
+A step is a minibatch: what a host takes at a time, for each host under data parallelism, for each
+of 16 microbatches under GPipe; of smaller ones as many more are taken. The seconds are those
+between two losses far apart, in the steady state; where a step ends with updates, between two of
+these.
 """
 
 import json
@@ -21,7 +23,7 @@ from pdjax import distributed
 sys.path.insert(0, str(Path(__file__).parents[1] / "cluster"))
 from counters import own_counters
 
-GPIPE_MICROBATCHES = 8
+GPIPE_MICROBATCHES = 16  # as the planner has it: 4 for each stage
 SCHEDULES = {"PipeDream": "pipedream", "model parallel": "model_parallel", "GPipe": "gpipe"}
 
 
@@ -55,6 +57,8 @@ def measure(pipe, state, batch, steps):
         for _ in range(count):
             state, metrics = pipe.step(state, batch)
         metrics["loss"].block_until_ready()
+        if not pipe.schedule.lag:
+            jax.block_until_ready([held.weights for held in state.run.stages])
         marks.append((time.perf_counter(), own_counters()))
     (start_s, before), (end_s, after) = marks
     return state, (end_s - start_s) / steps, (after - before).sent_bytes / steps
@@ -64,6 +68,8 @@ def train(system, model, plan, steps):
     peers = distributed.initialize()
     pipe, init, batch = make_pipeline(system, model, plan, peers.num_processes)
     state = pipe.init(init, batch)
+    if pipe.schedule.num_microbatches == 1:
+        steps *= peers.num_processes
     state, step_s, sent = measure(pipe, state, batch, steps)
     pipe.drain(state)
     said = peers.exchange("what was measured", [step_s, sent])

@@ -133,6 +133,8 @@ class Executor:
             if kind == "U" and microbatch - self._sizes[place] + 1 < run.fed:
                 microbatch = min(microbatch, run.fed - 1)  # of a round that was broken off
             if run.start <= microbatch < run.fed:
+                if kind == "U":
+                    self._collect_first(step, place, microbatch)
                 if not self._here[place]:
                     self._follow(step, kind, place, microbatch)
                     continue
@@ -221,6 +223,7 @@ class Executor:
             Held(given, values),
             state.gradients.pop(update, None),
         )
+        self._begin_reduce(run, place, microbatch)
         self._tally(run, place, -passes.held_bytes[place])
         return sums
 
@@ -278,18 +281,18 @@ class Executor:
         return None
 
     def _begin_reduce(self, run: Run, place: int, microbatch: int) -> None:
-        """Cuts the gradients of a replica for the way, if that of its last microbatch came in."""
+        """Cuts the gradients of a replica for the way, if those of all its microbatches are in."""
         stage, update = self.places.stage_of[place], self._update_of(run, place, microbatch)
         reduce = self._reduces[stage][0] if stage in self._reduces else None
         if not isinstance(reduce, RingReduce):
             return
-        end = run.start + (update + 1) * self._sizes[place]
-        following = range(microbatch + 1, end)
-        if all(self.places.pick(stage, self._turn(run, other)) != place for other in following):
-            gradients, at = run.stages[place].gradients, place - self.places.of_stage(stage)[0]
-            sums = gradients[update]
+        state, first = run.stages[place], run.start + update * self._sizes[place]
+        state.summed[update] += 1
+        turns = (self._turn(run, first + n) for n in range(self._sizes[place]))
+        if state.summed[update] == sum(self.places.pick(stage, turn) == place for turn in turns):
+            sums, at = state.gradients[update], place - self.places.of_stage(stage)[0]
             assert sums is not None
-            gradients[update] = reduce.begin(at, sums)
+            state.gradients[update] = reduce.begin(at, sums)
 
     def _reduce(self, run: Run, stage: int, update: int) -> None:
         """Sums the gradients of a stage's replicas, and averages their mutable state."""
@@ -352,6 +355,7 @@ class Executor:
         state, update = step.run.stages[place], self._update_of(step.run, place, microbatch)
         gradients = state.gradients.pop(update, None)
         state.reduced.discard(update)
+        state.summed.pop(update, None)
         if not self._here[place]:
             return
         if self._delay is not None:
@@ -487,20 +491,32 @@ class Executor:
         step.run.divisors[step.first] = found[1]
         return found[0], found[1], tuple(found[2:])
 
+    def _collect_first(self, step: Step, place: int, microbatch: int) -> None:
+        """Collects the results of the minibatch if an update needs its weight.
+
+        That is at the same turn in all processes, so that they send and receive in one order.
+        """
+        passes = step.run.passes
+        if passes is None or not passes.results.weighted or step.results is not None:
+            return
+        if step.first in self._applied(step.run, place, microbatch)[1]:
+            step.results = self._collect(step)
+
     def _divisor(self, step: Step, place: int, microbatch: int) -> Any:
         """What the gradients that are applied together are divided by.
 
         That is the number of their microbatches, or the weight of their minibatches.
         """
-        start, size, m = step.run.start, self._sizes[place], self.schedule.num_microbatches
-        first = microbatch - (microbatch - start) % size
-        weighted = step.run.passes is not None and step.run.passes.results.weighted
-        if not weighted:
-            return self._counts[place][microbatch + 1 - first]
-        minibatches = range(first // m * m, microbatch + 1, m)
-        if step.first in minibatches and step.results is None:
-            step.results = self._collect(step)
+        count, minibatches = self._applied(step.run, place, microbatch)
+        if step.run.passes is None or not step.run.passes.results.weighted:
+            return self._counts[place][count]
         return total([step.run.divisors[minibatch] for minibatch in minibatches])
+
+    def _applied(self, run: Run, place: int, microbatch: int) -> tuple[int, range]:
+        """The number of microbatches that an update applies, and where their minibatches begin."""
+        size, m = self._sizes[place], self.schedule.num_microbatches
+        first = microbatch - (microbatch - run.start) % size
+        return microbatch + 1 - first, range(first // m * m, microbatch + 1, m)
 
     def _tally(self, run: Run, place: int, stash_bytes: int) -> None:
         """Counts what a place holds after an action, by which its stash grew."""

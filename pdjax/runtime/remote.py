@@ -89,8 +89,9 @@ class RemoteTransport:
         if there:
             return self._receive(shapes, way)
         assert values is not None
-        # What has no elements would never arrive.
-        self._wire.send([_raw(value) for value in values if value.size], way)
+        sent = [_raw(value) for value in values if value.size]  # others would never arrive
+        if sent:
+            self._wire.send(sent, way)
         return None
 
     def broadcast(
@@ -110,7 +111,8 @@ class RemoteTransport:
 
     def _receive(self, shapes: Sequence[Any], way: Way) -> Sequence[jax.Array]:
         wanted = [_raw_shape(shape) for shape in shapes]
-        received = self._wire.receive([s for s in wanted if s.size], way)
+        sent = [shape for shape in wanted if shape.size]
+        received = self._wire.receive(sent, way) if sent else []
         _arrivals.add(received)
         found = iter(received)
         sharding = self._ends[way.target].sharding

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import groupby, pairwise
-from math import ceil
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Sharding
 
 from pdjax.runtime.placed import Values, placed
@@ -46,7 +44,7 @@ class Pieces(NamedTuple):
     """The arrays of a replica, cut.
 
     Attributes:
-        pieces: each of them has a part of the arrays of every type.
+        pieces: of each piece the parts of arrays that are in it.
     """
 
     pieces: Sequence[Values]
@@ -72,7 +70,7 @@ class RingReduce:
         self._here = replicas.here
         self._shapes = tuple(shapes)
         layout = _Layout(shapes, len(replicas.places))
-        self._piece = layout.piece
+        self._piece_shapes = layout.piece_shapes
         self._split, self._add, self._join, self._zeros = (
             [placed(function, placement) for placement in replicas.placements]
             for function in (
@@ -85,14 +83,11 @@ class RingReduce:
 
     def lowerings(self) -> Iterator[Callable[[], Any]]:
         """Functions that lower all programs that calls run."""
-        if not self._piece:
-            return
-        count = len(self._here)
         for at in (at for at, here in enumerate(self._here) if here):
             yield self._zeros[at].lower
             yield partial(self._split[at].lower, self._shapes)
-            yield partial(self._add[at].lower, self._piece, self._piece)
-            yield partial(self._join[at].lower, (self._piece,) * count)
+            yield from (partial(self._add[at].lower, piece, piece) for piece in self._piece_shapes)
+            yield partial(self._join[at].lower, self._piece_shapes)
 
     @property
     def sent_bytes(self) -> int:
@@ -109,7 +104,7 @@ class RingReduce:
             at: which replica.
             part: its arrays.
         """
-        return Pieces(self._split[at](tuple(part)) if self._piece else ())
+        return Pieces(self._split[at](tuple(part)))
 
     def __call__(self, parts: Sequence[Values | Pieces | None]) -> list[Values | None]:
         """The sum on each replica.
@@ -122,8 +117,6 @@ class RingReduce:
             The sums; None for replicas in other processes.
         """
         count = len(parts)
-        if not self._piece:  # nothing to add up
-            return [self._zeros[at]() if here else None for at, here in enumerate(self._here)]
         pieces: list[list[Values] | None] = [
             self._pieces(at, part) if here else None
             for at, (part, here) in enumerate(zip(parts, self._here, strict=True))
@@ -156,51 +149,66 @@ class RingReduce:
         places, count = self._replicas.places, len(pieces)
         found = []
         for source, own in enumerate(pieces):
-            target = (source + 1) % count
-            values = None if own is None else own[(source + offset) % count]
+            target, number = (source + 1) % count, (source + offset) % count
             came = self._replicas.transport.move(
-                values, self._piece, places[source], places[target]
+                None if own is None else own[number],
+                self._piece_shapes[number],
+                places[source],
+                places[target],
             )
             if self._here[target]:
                 found.append((target, tuple(came or ())))
         return found
 
 
+class _Part(NamedTuple):
+    """Elements `start` to `end` of array number `at`."""
+
+    at: int
+    start: int
+    end: int
+
+
 class _Layout:
-    """How arrays are cut into equal pieces: those of a type one behind the other, in `count`."""
+    """How arrays, one behind the other, are cut into `count` pieces with as many elements.
+
+    A piece is a tuple of parts of arrays, which nobody has to lay side by side: in one long array
+    of all of them XLA would look for the source of every single element.
+    """
 
     def __init__(self, shapes: Sequence[jax.ShapeDtypeStruct], count: int) -> None:
         self._shapes, self._count = shapes, count
-        by_type = sorted(
-            (at for at, s in enumerate(shapes) if s.size), key=lambda at: str(shapes[at].dtype)
-        )
-        self._groups = [
-            list(group) for _, group in groupby(by_type, key=lambda at: str(shapes[at].dtype))
+        ends = list(accumulate((s.size for s in shapes), initial=0))
+        self._pieces = [
+            [
+                _Part(at, max(first, start) - start, min(last, end) - start)
+                for at, (start, end) in enumerate(pairwise(ends))
+                if max(first, start) < min(last, end)
+            ]
+            for first, last in pairwise(ends[-1] * n // count for n in range(count + 1))
         ]
-        self._lengths = [
-            ceil(sum(shapes[at].size for at in group) / count) for group in self._groups
-        ]
-        self.piece = tuple(
-            jax.ShapeDtypeStruct((length,), shapes[group[0]].dtype)
-            for group, length in zip(self._groups, self._lengths, strict=True)
+        self.piece_shapes = tuple(
+            tuple(
+                jax.ShapeDtypeStruct((end - start,), shapes[at].dtype) for at, start, end in parts
+            )
+            for parts in self._pieces
         )
 
     def split(self, arrays: Values) -> tuple[Values, ...]:
-        flat = []
-        for group, length in zip(self._groups, self._lengths, strict=True):
-            whole = jnp.concatenate([arrays[at].ravel() for at in group])
-            padded = jnp.pad(whole, (0, length * self._count - whole.size))
-            flat.append(jnp.split(padded, self._count))
-        return tuple(zip(*flat, strict=True))
+        return tuple(
+            tuple(arrays[at].ravel()[start:end] for at, start, end in parts)
+            for parts in self._pieces
+        )
 
     def join(self, pieces: Sequence[Values], *, mean: bool) -> Values:
-        found = [jnp.zeros(s.shape, s.dtype) for s in self._shapes]
-        for number, group in enumerate(self._groups):
-            whole = jnp.concatenate([piece[number] for piece in pieces])
-            ends = np.cumsum([0, *(self._shapes[at].size for at in group)]).tolist()
-            for at, (start, end) in zip(group, pairwise(ends), strict=True):
-                found[at] = whole[start:end].reshape(self._shapes[at].shape)
-        return tuple(x / self._count for x in found) if mean else tuple(found)
+        found: list[list[Any]] = [[] for _ in self._shapes]
+        for parts, values in zip(self._pieces, pieces, strict=True):
+            for part, value in zip(parts, values, strict=True):
+                found[part.at].append(value / self._count if mean else value)
+        return tuple(
+            jnp.concatenate(values).reshape(s.shape) if values else jnp.zeros(s.shape, s.dtype)
+            for values, s in zip(found, self._shapes, strict=True)
+        )
 
 
 def ring_bytes(shapes: Sequence[jax.ShapeDtypeStruct], count: int) -> int:

@@ -46,6 +46,7 @@ class StageState:
         gradients: for each update to come, by its number since the last drain, the sum of its
             gradients so far; None for those of which there is none.
         reduced: of which updates these are the sums of all replicas already.
+        summed: of how many microbatches they are the sum, where replicas are told.
         stash: what is kept for each microbatch in flight.
         halfway: what is kept for each microbatch whose backward pass lacks its weight part.
         inbox: values received for forward passes to come, by microbatch and position.
@@ -68,6 +69,7 @@ class StageState:
     older: dict[int, Values] = field(default_factory=dict)
     gradients: dict[int, Values | None] = field(default_factory=dict)
     reduced: set[int] = field(default_factory=set)
+    summed: Counter[int] = field(default_factory=Counter)
     stash: dict[int, Kept] = field(default_factory=dict)
     halfway: dict[int, Kept] = field(default_factory=dict)
     inbox: dict[int, dict[int, Any]] = field(default_factory=dict)
