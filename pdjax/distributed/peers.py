@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from pdjax.distributed.members import Member
@@ -87,6 +88,20 @@ class Peers:
         self._standing.stages = stages
         self._mesh.post({"kind": "stages", "stages": stages})
 
+    def taking_part(self, call: str) -> AbstractContextManager[None]:
+        """Surrounds a call that every process must make, and that waits for the others.
+
+        If one of them ends, though well, before it has made as many, nobody waits for it for ever:
+        it counts as lost.
+
+        Args:
+            call: the name of the method of `Pipeline`.
+
+        Raises:
+            ClusterError: if that is known before the call.
+        """
+        return self._mesh.calls.counting(call)
+
     def completed(self, num_minibatches: int) -> None:
         """Says how many minibatches this process has completed; costs next to nothing."""
         self._standing.num_minibatches = num_minibatches
@@ -151,7 +166,7 @@ class Peers:
             if self._closed:
                 return
             self._closed = True
-        self._mesh.post({"kind": "goodbye"})
+        self._mesh.post({"kind": "goodbye", "calls": self._mesh.calls.made()})
         self._mesh.wait_for_goodbyes()
         self._stop()
 
