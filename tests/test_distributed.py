@@ -550,7 +550,7 @@ def test_no_exchange_with_one_that_has_ended():
 
 def test_who_makes_more_calls_than_one_that_has_ended():
     """Neither ends otherwise: each would wait for the other."""
-    with run_of(3) as (everyone, losses), ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, run_of(3) as (everyone, losses):
         for peers in everyone:
             make(peers, "evaluate", "step", "step")
         closing = pool.submit(everyone[1].close)
@@ -568,7 +568,7 @@ def test_who_makes_more_calls_than_one_that_has_ended():
 @pytest.mark.parametrize("has_closed", [False, True])
 def test_one_ends_while_another_is_ahead(has_closed):
     """The other may be blocked in that call, or wait at its end already."""
-    with run_of(3) as (everyone, losses), ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2) as pool, run_of(3) as (everyone, losses):
         everyone[2].describe("stage 2: head")
         for peers in everyone:
             make(peers, "step")

@@ -138,7 +138,7 @@ def _exit_code(status: object) -> int:
 
 
 def _describe(kind: type[BaseException], error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).removesuffix(".")  # in the middle of a sentence
     if len(text) > _MAX_CHARACTERS:
         text = f"{text[:_MAX_CHARACTERS]} …"
     return f"{kind.__name__}: {text}" if text else kind.__name__
