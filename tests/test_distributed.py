@@ -25,6 +25,7 @@ from pdjax.distributed.host import Host
 from pdjax.distributed.members import Address, Member, introduce
 from pdjax.distributed.mesh import Mesh
 from pdjax.distributed.peers import Peers
+from pdjax.distributed.pulse import Pulse
 from pdjax.distributed.relay import Relay
 from pdjax.distributed.rendezvous import listen_at, listen_for_peers
 from pdjax.distributed.settings import VARIABLES, Settings, device_ids, given_or_environment
@@ -40,6 +41,10 @@ NOTHING = {"stages": "", "num_minibatches": None}
 VERSIONS = {"python": "3.11", "jax": "0.10.2"}
 
 
+def nothing() -> None:
+    """What is done where real processes would do something."""
+
+
 @dataclass
 class Process:
     """What stands for a process: who it is, its links, and what it hears of losses."""
@@ -51,9 +56,10 @@ class Process:
     losses: Losses = field(default_factory=queue.Queue)
 
     def watch(self) -> Peers:
-        mesh = Mesh(self.members, self.process_id, self.links, self.door, self.losses.put)
+        number, on_lost = self.process_id, self.losses.put
+        mesh = Mesh(self.members, number, self.links, self.door, on_lost, on_end=nothing)
         mesh.start()
-        return Peers(self.members, self.process_id, mesh)
+        return Peers(self.members, number, mesh, Pulse([], b"", 1.0))  # all are in one process
 
     def say(self, **message) -> None:
         for link in self.links.values():
@@ -246,8 +252,12 @@ def test_another_program_listens_at_the_coordinator():
                         connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
         threading.Thread(target=answer, daemon=True).start()
-        with pytest.raises(ClusterError, match="does not answer as process 0 of pdjax does"):
+        with pytest.raises(
+            ClusterError, match="does not answer as process 0 of pdjax does"
+        ) as told:
             come(port, 1, 2, timeout_s=0.5)
+        assert "with all 2 processes? Then another one has the process_id 1:" in str(told.value)
+        assert "does another program use the port?" in str(told.value)
         other.shutdown(socket.SHUT_RDWR)
 
 
@@ -311,7 +321,7 @@ def test_only_who_knows_the_token_is_let_in():
     pulse.send(greeting(1, members[0], is_pulse=True))
     friend.send(greeting(1, members[0]))
     door = Door(listener, members[0].token)
-    links = connect_all(members, 0, "127.0.0.1", door, time.monotonic() + WAIT_S)
+    links = connect_all(members, 0, "127.0.0.1", door, time.monotonic() + WAIT_S, nothing)
     door.admit(0.1)
     assert list(door.pulses) == [1]
     friend.send(encode(GOODBYE))

@@ -58,7 +58,7 @@ class Mesh:
         links: Mapping[int, Link],
         door: Door,
         on_lost: Callable[[str], None],
-        on_end: Callable[[], None] = lambda: None,
+        on_end: Callable[[], None],
     ) -> None:
         self.standings = [Standing(str(member)) for member in members]
         self.exchanges = Exchanges(self.standings)

@@ -19,9 +19,9 @@ _FOLLOW_UP_S = 0.5
 class Peers:
     """All processes of a run; made by `pdjax.distributed.initialize`.
 
-    While it stands, a process that is killed, fails, hangs or cannot be reached ends all others
-    within `lost_peer_timeout_s`, with a message on standard error and exit code 1. May be used from
-    several threads.
+    While it stands, a process that is killed, fails, is stopped or cannot be reached ends all
+    others within `lost_peer_timeout_s`, with a message on standard error and exit code 1; see
+    `initialize` for what else does. May be used from several threads.
 
     Attributes:
         process_id: which process this is, from 0.
@@ -31,9 +31,7 @@ class Peers:
         has_failed: whether this process has told the others that it ends before its time.
     """
 
-    def __init__(
-        self, members: Sequence[Member], own_id: int, mesh: Mesh, pulse: Pulse | None = None
-    ) -> None:
+    def __init__(self, members: Sequence[Member], own_id: int, mesh: Mesh, pulse: Pulse) -> None:
         self.process_id = own_id
         self.num_processes = len(members)
         self.hosts = tuple(member.host for member in members)
@@ -172,5 +170,4 @@ class Peers:
 
     def _stop(self) -> None:
         self._mesh.stop()
-        if self._pulse is not None:
-            self._pulse.stop()
+        self._pulse.stop()
