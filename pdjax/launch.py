@@ -190,8 +190,8 @@ class Processes:
         return self._code or 0
 
     def send(self, index: int, number: int) -> None:
-        """Sends a signal to one of the processes, and what it started."""
-        os.killpg(self._processes[index].pid, number)
+        """Sends a signal to one of the processes, and what it started, if still there."""
+        _signal(self._processes[index], number)
 
     def end(self, number: int) -> None:
         """Demands that those that still run end; they are killed if they do not in time."""
@@ -213,8 +213,7 @@ class Processes:
     def _send(self, number: int) -> None:
         for process in self._processes:
             if process.poll() is None or number == signal.SIGKILL:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, number)
+                _signal(process, number)
 
     def _copy(self, lines: IO[str], name: str) -> None:
         with lines:
@@ -222,6 +221,12 @@ class Processes:
                 with self._lock:
                     sys.stdout.write(f"[{name}] {line.rstrip()}\n")
                     sys.stdout.flush()
+
+
+def _signal(process: subprocess.Popen[str], number: int) -> None:
+    """Sends a signal to a process and what it started, if any of that is still there."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, Literal
@@ -311,11 +311,15 @@ class Pipeline:
             NonFiniteLossError: if the loss of an earlier step is NaN or infinite. `state` is
                 still good then.
             BrokenPipelineError: if an earlier step failed on a device.
+            ClusterError: if another process has ended that does not make this call.
         """
         training = self._training_of(state)
         self._check_losses(training, at_most=self._allowed_ahead - 1)
         feed = training.prepared.feed(state.run, batch)
-        with _breaking_on_errors(training, state.step, BaseException):
+        with (
+            _together(training, "step"),
+            _breaking_on_errors(training, state.step, BaseException),
+        ):
             run = self._take(state)
             loss, metrics = training.prepared.executor.step(run, feed)
             training.losses.append((state.step, loss))
@@ -333,12 +337,16 @@ class Pipeline:
             NonFiniteLossError: if one of these losses is NaN or infinite. `state` is still good
                 then.
             BrokenPipelineError: if an earlier step failed on a device.
+            ClusterError: if another process has ended that does not make this call.
         """
         training = self._training_of(state)
         self._check_losses(training, at_most=0)
-        with _breaking_on_errors(training, state.step, BaseException):
+        # With a flush in every step nothing is in flight, and nobody is waited for.
+        prepared = training.prepared
+        together = nullcontext() if prepared.schedule.flushes else _together(training, "drain")
+        with together, _breaking_on_errors(training, state.step, BaseException):
             run = self._take(state)
-            training.prepared.executor.drain(run)
+            prepared.executor.drain(run)
             return PipelineState(self, training, run, state.step)
 
     def evaluate(self, state: PipelineState, batch: Any, *, num_microbatches: int = 1) -> Metrics:
@@ -357,11 +365,13 @@ class Pipeline:
         Raises:
             ValueError: if the batch has another structure, or does not divide.
             BrokenPipelineError: if an earlier step failed on a device.
+            ClusterError: if another process has ended that does not make this call.
         """
         if num_microbatches < 1:
             raise ValueError(f"num_microbatches={num_microbatches}; expected at least 1.")
-        prepared = self._training_of(state).prepared
-        return _as_metrics(*prepared.evaluate(state.run, batch, num_microbatches))
+        training = self._training_of(state)
+        with _together(training, "evaluate"):
+            return _as_metrics(*training.prepared.evaluate(state.run, batch, num_microbatches))
 
     # -------- planning
 
@@ -414,17 +424,26 @@ class Pipeline:
             NonFiniteLossError: if a loss that nobody looked at yet is NaN or infinite. Calling
                 again returns the parameters all the same.
             BrokenPipelineError: if an earlier step failed on a device.
+            ClusterError: if another process has ended that does not make this call.
         """
         training = self._training_of(state)
         self._check_losses(training, at_most=0)
-        with _breaking_on_errors(training, state.step, Exception):
+        with _together(training, "params"), _breaking_on_errors(training, state.step, Exception):
             weights = training.prepared.weights.everywhere(state.run)
             return gather(training.param_origins, weights)
 
     def model_state(self, state: PipelineState) -> Any:
-        """A copy of the mutable state, in the structure that `init` was given."""
+        """A copy of the mutable state, in the structure that `init` was given.
+
+        Raises:
+            BrokenPipelineError: if an earlier step failed on a device.
+            ClusterError: if another process has ended that does not make this call.
+        """
         training = self._training_of(state)
-        with _breaking_on_errors(training, state.step, Exception):
+        with (
+            _together(training, "model_state"),
+            _breaking_on_errors(training, state.step, Exception),
+        ):
             model = training.prepared.model.everywhere(state.run)
             return gather(training.model_state_origins, model)
 
@@ -596,6 +615,16 @@ class Pipeline:
         if peers is not None:
             for step in [step for step, loss in losses if loss.is_ready()][-1:]:
                 peers.completed(step + 1)
+
+
+def _together(training: _Training, call: str) -> AbstractContextManager[None]:
+    """Surrounds a call that all processes of the training must make.
+
+    Raises:
+        ClusterError: if one of them has ended without it.
+    """
+    peers = training.prepared.peers
+    return nullcontext() if peers is None else peers.taking_part(call)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from pdjax.distributed.host import Host
 from pdjax.distributed.members import Address, Member, introduce
 from pdjax.distributed.mesh import Mesh
 from pdjax.distributed.peers import Peers
+from pdjax.distributed.pulse import Pulse
 from pdjax.distributed.relay import Relay
 from pdjax.distributed.rendezvous import listen_at, listen_for_peers
 from pdjax.distributed.settings import VARIABLES, Settings, device_ids, given_or_environment
@@ -35,8 +36,13 @@ from pdjax.launch import free_port
 
 WAIT_S = 20.0  # for what should take milliseconds, on a machine that may be busy
 Losses = queue.Queue[str]
+GOODBYE = {"kind": "goodbye", "calls": {}}
 NOTHING = {"stages": "", "num_minibatches": None}
 VERSIONS = {"python": "3.11", "jax": "0.10.2"}
+
+
+def nothing() -> None:
+    """What is done where real processes would do something."""
 
 
 @dataclass
@@ -50,9 +56,10 @@ class Process:
     losses: Losses = field(default_factory=queue.Queue)
 
     def watch(self) -> Peers:
-        mesh = Mesh(self.members, self.process_id, self.links, self.door, self.losses.put)
+        number, on_lost = self.process_id, self.losses.put
+        mesh = Mesh(self.members, number, self.links, self.door, on_lost, on_end=nothing)
         mesh.start()
-        return Peers(self.members, self.process_id, mesh)
+        return Peers(self.members, number, mesh, Pulse([], b"", 1.0))  # all are in one process
 
     def say(self, **message) -> None:
         for link in self.links.values():
@@ -245,8 +252,12 @@ def test_another_program_listens_at_the_coordinator():
                         connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
         threading.Thread(target=answer, daemon=True).start()
-        with pytest.raises(ClusterError, match="does not answer as process 0 of pdjax does"):
+        with pytest.raises(
+            ClusterError, match="does not answer as process 0 of pdjax does"
+        ) as told:
             come(port, 1, 2, timeout_s=0.5)
+        assert "with all 2 processes? Then another one has the process_id 1:" in str(told.value)
+        assert "does another program use the port?" in str(told.value)
         other.shutdown(socket.SHUT_RDWR)
 
 
@@ -310,11 +321,11 @@ def test_only_who_knows_the_token_is_let_in():
     pulse.send(greeting(1, members[0], is_pulse=True))
     friend.send(greeting(1, members[0]))
     door = Door(listener, members[0].token)
-    links = connect_all(members, 0, "127.0.0.1", door, time.monotonic() + WAIT_S)
+    links = connect_all(members, 0, "127.0.0.1", door, time.monotonic() + WAIT_S, nothing)
     door.admit(0.1)
     assert list(door.pulses) == [1]
-    friend.send(encode({"kind": "goodbye"}))
-    wait_until(lambda: links[1].read(0.0) == [{"kind": "goodbye"}])
+    friend.send(encode(GOODBYE))
+    wait_until(lambda: links[1].read(0.0) == [GOODBYE])
     for link in (stranger, friend, pulse, links[1], door):
         link.close()
 
@@ -492,7 +503,7 @@ def test_ending_at_the_same_time_is_no_loss():
 def test_an_end_of_connection_after_a_goodbye_is_no_loss():
     with run_of(3, raw=[2]) as (everyone, losses):
         gone = everyone.pop()
-        gone.say(kind="goodbye")
+        gone.say(**GOODBYE)
         gone.crash()
         wait_until(lambda: all(2 not in peers._mesh._links for peers in everyone))
         time.sleep(0.1)
@@ -503,12 +514,12 @@ def test_an_end_of_connection_after_a_goodbye_is_no_loss():
 def test_the_goodbye_is_not_lost_though_the_others_still_talk():
     """A connection that is closed while something comes is reset, and the last words with it."""
     with run_of(2, raw=[1]) as (everyone, _), ThreadPoolExecutor(1) as pool:
-        everyone[1].say(kind="goodbye")
+        everyone[1].say(**GOODBYE)
         closing = pool.submit(everyone[0].close)
         link = everyone[1].links[0]
         heard = []
         wait_until(lambda: heard.extend(link.read(0.0)) or link.ended)
-        assert {"kind": "goodbye"} in heard
+        assert GOODBYE in heard
         for _ in range(10):  # it is still listened to
             assert link._socket.send(encode({"kind": "alive", "num_minibatches": 1}))
             time.sleep(0.01)
@@ -539,12 +550,62 @@ def test_what_is_to_be_finished_is_finished_before_the_goodbye():
 def test_no_exchange_with_one_that_has_ended():
     with run_of(2, raw=[1]) as (everyone, losses), ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(everyone[0].exchange, "plan", 1)
-        everyone[1].say(kind="goodbye")
+        everyone[1].say(**GOODBYE)
         for error in (waiting.exception(WAIT_S), raised(everyone[0].exchange, "seed", 1)):
             assert isinstance(error, ClusterError)
             assert "process 1" in str(error)
             assert "has ended already" in str(error)
         assert losses[0].empty()
+
+
+def test_who_makes_more_calls_than_one_that_has_ended():
+    """Neither ends otherwise: each would wait for the other."""
+    with ThreadPoolExecutor(1) as pool, run_of(3) as (everyone, losses):
+        for peers in everyone:
+            make(peers, "evaluate", "step", "step")
+        closing = pool.submit(everyone[1].close)
+        wait_until(lambda: all(1 in everyone[number].ended() for number in (0, 2)))
+        for call, counted in (("step", "2 calls"), ("evaluate", "1 call"), ("params", "no calls")):
+            error = raised(make, everyone[0], call)
+            assert isinstance(error, ClusterError)
+            assert str(error).startswith(f"process 1 ({socket.gethostname()}, pid ")
+            assert f"has ended after {counted} of Pipeline.{call}, while process 0" in str(error)
+        everywhere([everyone[0], everyone[2]], Peers.close)
+        closing.result(WAIT_S)
+        assert all(heard.empty() for heard in losses)
+
+
+@pytest.mark.parametrize("has_closed", [False, True])
+def test_one_ends_while_another_is_ahead(has_closed):
+    """The other may be blocked in that call, or wait at its end already."""
+    with ThreadPoolExecutor(2) as pool, run_of(3) as (everyone, losses):
+        everyone[2].describe("stage 2: head")
+        for peers in everyone:
+            make(peers, "step")
+        make(everyone[0], "step")
+        if has_closed:
+            pool.submit(everyone[0].close)
+            wait_until(lambda: 0 in everyone[2].ended())
+        pool.submit(everyone[2].close)
+        text = losses[0].get(timeout=WAIT_S)
+        assert text.startswith("error: process 2 (")
+        assert ", stage 2: head, has ended after 1 call of Pipeline.step, while process 0" in text
+        assert "is at call 2; all must make the same calls, so give every process" in text
+        assert "process 2" in losses[1].get(timeout=WAIT_S)
+
+
+def test_a_call_that_failed_does_not_count():
+    with run_of(2) as (everyone, losses):
+        with pytest.raises(KeyError), everyone[0].taking_part("step"):
+            raise KeyError
+        assert everywhere(everyone, Peers.close) == [None] * 2
+        assert all(heard.empty() for heard in losses)
+
+
+def make(peers: Peers, *calls: str) -> None:
+    for call in calls:
+        with peers.taking_part(call):
+            pass
 
 
 def test_no_exchange_after_the_end():

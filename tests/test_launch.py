@@ -67,6 +67,7 @@ def test_one_may_fail_alone():
         while processes.codes[0] is None:
             time.sleep(0.01)
         assert processes.codes == [-signal.SIGKILL, None]
+        processes.send(0, signal.SIGTERM)  # nothing is there any more
         processes.send(1, signal.SIGTERM)
         assert processes.wait() in {128 + signal.SIGKILL, 128 + signal.SIGTERM}
     assert processes.codes == [-signal.SIGKILL, -signal.SIGTERM]

@@ -149,6 +149,16 @@ def test_trouble_is_the_same_in_all_processes(tmp_path):
     assert first["loss"] == second["loss"]
 
 
+@pytest.mark.parametrize("first", ["knows", "waits"])
+def test_one_ends_before_the_other(first):
+    """The other would wait for it for ever: it says so, before a step or out of one."""
+    code, output = launch("uneven.py", 2, first)
+    assert code in {1, 3}, output  # of the one that ended first
+    text = r"process 1 \(\S+, pid \d+\), stage 1: block_1, has ended after 2 calls of Pipeline.step"
+    begins = r"\[0\] pdjax\S+ClusterError: " if first == "knows" else r"\[0\] error: "
+    assert re.search(rf"^{begins}{text}, while process 0 is at call \d+;", output, re.M), output
+
+
 @pytest.mark.parametrize(
     ("owners", "memory", "expected"),
     [

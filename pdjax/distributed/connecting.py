@@ -21,7 +21,7 @@ def connect_all(
     coordinator: str,
     door: Door,
     deadline: float,
-    look: Callable[[], None] = lambda: None,
+    look: Callable[[], None],
 ) -> dict[int, Link]:
     """Connects this process to all others; returns the links by process id.
 

@@ -2,7 +2,8 @@
 
 Python tells nobody at exit whether the program succeeded, so an uncaught exception is noted by
 `sys.excepthook`, and the code of `sys.exit` by a wrapper around it. What remains unseen is a bare
-``raise SystemExit(3)``: the others take it for a good end.
+``raise SystemExit(3)``: the others take it for a good end, unless they go on to a call for which
+they need this process.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def _exit_code(status: object) -> int:
 
 
 def _describe(kind: type[BaseException], error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).removesuffix(".")  # in the middle of a sentence
     if len(text) > _MAX_CHARACTERS:
         text = f"{text[:_MAX_CHARACTERS]} …"
     return f"{kind.__name__}: {text}" if text else kind.__name__

@@ -133,7 +133,9 @@ class Guest(Rendezvous):
     def _foreign(self) -> str:
         return (
             f"{self._own}: what listens at {self._coordinator} does not answer as process 0 of "
-            "pdjax does. Does another program use the port?"
+            f"pdjax does. Has the run begun already, with all {self._own.num_processes} processes? "
+            f"Then another one has the process_id {self._own.process_id}: give each its own. Or "
+            "does another program use the port? Then choose another port."
         )
 
     def _coordinator_ended(self) -> str:

@@ -46,7 +46,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Loss:
-    """A process that is no longer there, though it did not say goodbye.
+    """A process that is no longer there, without a goodbye or while it is still needed.
 
     Attributes:
         process_id: which one.

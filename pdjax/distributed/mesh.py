@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 
+from pdjax.distributed.calls import Calls
 from pdjax.distributed.door import Door
 from pdjax.distributed.exchanges import Exchanges
 from pdjax.distributed.frames import ForeignError, Link, Message, encode
@@ -46,6 +47,7 @@ class Mesh:
     Attributes:
         standings: what is known of each process.
         exchanges: what they tell each other in turn.
+        calls: what all of them take part in.
         address: the IP address by which others reach this process.
     """
 
@@ -56,10 +58,11 @@ class Mesh:
         links: Mapping[int, Link],
         door: Door,
         on_lost: Callable[[str], None],
-        on_end: Callable[[], None] = lambda: None,
+        on_end: Callable[[], None],
     ) -> None:
         self.standings = [Standing(str(member)) for member in members]
         self.exchanges = Exchanges(self.standings)
+        self.calls = Calls(self.standings, own_id)
         self._own_id = own_id
         self._links = dict(links)
         self.address = _outermost([link.own_address for link in links.values()])
@@ -251,11 +254,16 @@ class Mesh:
                 standing.learn(message["stages"], message["num_minibatches"])
                 return Loss(number, message["reason"])
             case "goodbye":
-                standing.has_ended = True
-                self.exchanges.look()
-                with self._changed:
-                    self._changed.notify_all()
+                return self._hear_goodbye(number, message["calls"])
         return None
+
+    def _hear_goodbye(self, number: int, calls: Mapping[str, int]) -> Loss | None:
+        self.standings[number].has_ended = True
+        self.exchanges.look()
+        with self._changed:
+            self._changed.notify_all()
+        parted = self.calls.end(number, calls)
+        return None if parted is None else Loss(number, parted)
 
     def _part(self, number: int) -> Loss | None:
         with self._sending:

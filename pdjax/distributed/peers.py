@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from pdjax.distributed.members import Member
@@ -18,9 +19,9 @@ _FOLLOW_UP_S = 0.5
 class Peers:
     """All processes of a run; made by `pdjax.distributed.initialize`.
 
-    While it stands, a process that is killed, fails, hangs or cannot be reached ends all others
-    within `lost_peer_timeout_s`, with a message on standard error and exit code 1. May be used from
-    several threads.
+    While it stands, a process that is killed, fails, is stopped or cannot be reached ends all
+    others within `lost_peer_timeout_s`, with a message on standard error and exit code 1; see
+    `initialize` for what else does. May be used from several threads.
 
     Attributes:
         process_id: which process this is, from 0.
@@ -30,9 +31,7 @@ class Peers:
         has_failed: whether this process has told the others that it ends before its time.
     """
 
-    def __init__(
-        self, members: Sequence[Member], own_id: int, mesh: Mesh, pulse: Pulse | None = None
-    ) -> None:
+    def __init__(self, members: Sequence[Member], own_id: int, mesh: Mesh, pulse: Pulse) -> None:
         self.process_id = own_id
         self.num_processes = len(members)
         self.hosts = tuple(member.host for member in members)
@@ -86,6 +85,20 @@ class Peers:
         """
         self._standing.stages = stages
         self._mesh.post({"kind": "stages", "stages": stages})
+
+    def taking_part(self, call: str) -> AbstractContextManager[None]:
+        """Surrounds a call that every process must make, and that waits for the others.
+
+        If one of them ends, though well, before it has made as many, nobody waits for it for ever:
+        it counts as lost.
+
+        Args:
+            call: the name of the method of `Pipeline`.
+
+        Raises:
+            ClusterError: if that is known before the call.
+        """
+        return self._mesh.calls.counting(call)
 
     def completed(self, num_minibatches: int) -> None:
         """Says how many minibatches this process has completed; costs next to nothing."""
@@ -151,11 +164,10 @@ class Peers:
             if self._closed:
                 return
             self._closed = True
-        self._mesh.post({"kind": "goodbye"})
+        self._mesh.post({"kind": "goodbye", "calls": self._mesh.calls.made()})
         self._mesh.wait_for_goodbyes()
         self._stop()
 
     def _stop(self) -> None:
         self._mesh.stop()
-        if self._pulse is not None:
-            self._pulse.stop()
+        self._pulse.stop()

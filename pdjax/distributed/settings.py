@@ -30,7 +30,7 @@ class Settings:
     coordinator: Address
     num_processes: int
     process_id: int
-    lost_peer_timeout_s: float = 10.0
+    lost_peer_timeout_s: float
 
     def __post_init__(self) -> None:
         if self.num_processes < 1:
