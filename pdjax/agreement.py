@@ -41,6 +41,7 @@ def facts(
         "the devices": str([next(iter(p.device_set)).id for p in settings.placements]),
         "the schedule": schedule.to_json() if isinstance(schedule, Schedule) else schedule,
         "the plan": plan.to_json() if isinstance(plan, Plan) else str(plan),
+        "the topology": str(settings.topology or "none"),
         "num_stages": str(settings.num_stages),
         "num_chunks": str(settings.num_chunks),
         "num_microbatches": str(settings.num_microbatches),
@@ -49,6 +50,9 @@ def facts(
         "weighted_loss": str(settings.weighted_loss),
         "state_update": settings.state_update,
         "remat": str(settings.remat),
+        "run_ahead": str(settings.run_ahead),
+        "nonfinite": settings.nonfinite,
+        "the eval_loss_fn": "one" if settings.eval_loss_fn is not settings.loss_fn else "none",
     }
     for name, shape, axis in zip(spec.names, spec.shapes, spec.axes, strict=True):
         found[f"the batch leaf {name!r}"] = f"{_text_of_shape(shape)}, batch axis {axis}"

@@ -252,9 +252,9 @@ class Pipeline:
             remat=remat,
             state_update=one_of("state_update", state_update, ("microbatch", "minibatch")),
             allow_stale=allow_stale,
+            run_ahead=run_ahead,
+            nonfinite=one_of("nonfinite", nonfinite, ("raise", "ignore")),
         )
-        self._run_ahead = run_ahead
-        self._raises = one_of("nonfinite", nonfinite, ("raise", "ignore")) == "raise"
         self._latest: _Training | None = None
         self._timeline: Timeline | None = None
         if run_ahead is not None and run_ahead < 1:
@@ -541,8 +541,8 @@ class Pipeline:
 
     @property
     def _allowed_ahead(self) -> int:
-        if self._run_ahead is not None:
-            return self._run_ahead
+        if self._settings.run_ahead is not None:
+            return self._settings.run_ahead
         # Fewer cost time where steps are short: the thread sleeps for each loss, and wakes late.
         return 8 if self.schedule.flushes else 8 + self.schedule.num_stages
 
@@ -584,7 +584,7 @@ class Pipeline:
             with _breaking_on_errors(training, step, Exception):
                 value = loss.item()
             losses.popleft()
-            if self._raises and not math.isfinite(value):
+            if self._settings.nonfinite == "raise" and not math.isfinite(value):
                 losses.clear()  # said once; what came after it is no news
                 raise NonFiniteLossError(
                     f"the loss of step {step} (counted from 0) is {value}. Lower the learning "

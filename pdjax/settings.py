@@ -50,6 +50,8 @@ class Settings:
     remat: Remat | Sequence[Remat] | None
     state_update: Literal["microbatch", "minibatch"]
     allow_stale: bool
+    run_ahead: int | None
+    nonfinite: Literal["raise", "ignore"]
 
     def for_plan(self, plan: Plan) -> Settings:
         """The settings with all that a plan decides."""
