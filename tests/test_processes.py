@@ -180,6 +180,20 @@ def test_topology_of_several_processes(owners, memory, expected, monkeypatch):
     assert str(joint_topology.joint_topology(devices, peers)) == expected
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("device_put", r"devices of this process \(cpu\) cannot send .* Set it to 'transfer'"),
+        ("pigeon", "PDJAX_TRANSPORT='pigeon' in the environment; expected 'device_put' or"),
+    ],
+)
+def test_a_way_to_travel_that_is_not_there(value, message, monkeypatch):
+    monkeypatch.setenv(wires.VARIABLE, value)
+    peers: Any = SimpleNamespace(exchange=None)  # it is refused before anybody is asked
+    with pytest.raises(ValueError, match=message):
+        wires.find_wire([], peers, 0)
+
+
 class Slow:
     """An array that is on its way until it is told to have come."""
 
