@@ -19,6 +19,9 @@ from pdjax.schedules import Schedule
 from pdjax.settings import Settings
 from pdjax.trees import is_function, is_key, leaf_names, shape_of, shapes_of
 
+REMEDY = "Start all with the same program, arguments, data and seed."
+"""What is advised where processes were given different things."""
+
 _SAMPLED = 4096  # elements of a leaf that are compared
 _SHOWN = 100  # characters up to which a fact is shown as it is
 
@@ -66,8 +69,13 @@ def facts(
     return {name: _without_addresses(text) for name, text in found.items()}
 
 
-def check_agreement(peers: Peers, mine: dict[str, str]) -> None:
+def check_agreement(peers: Peers, mine: dict[str, str], remedy: str = REMEDY) -> None:
     """Compares with what the other processes were given.
+
+    Args:
+        peers: the processes.
+        mine: what this one was given, as text, by names.
+        remedy: what to do where they differ.
 
     Raises:
         ValueError: if something differs; in every process, with one difference by name: something
@@ -81,8 +89,7 @@ def check_agreement(peers: Peers, mine: dict[str, str]) -> None:
             if first != other:
                 raise ValueError(
                     f"the processes disagree about {name}: process 0 on {peers.hosts[0]} has "
-                    f"{first}, process {process} on {peers.hosts[process]} has {other}. Start all "
-                    "with the same program, arguments, data and seed."
+                    f"{first}, process {process} on {peers.hosts[process]} has {other}. {remedy}"
                 )
 
 

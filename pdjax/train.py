@@ -25,6 +25,7 @@ from pdjax.training.baseline import SingleDevice
 from pdjax.training.loop import Speed, TrainingLoop, evaluate
 from pdjax.training.outputs import RunDirectory, check_free, make_directory
 from pdjax.training.progress import TrainingProgress
+from pdjax.training.sameness import check_same_task
 from pdjax.training.task import Task, make_task
 
 _NUM_DEVICES = 2  # where nothing is said, and there are no more processes
@@ -69,7 +70,10 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     num_stages = _num_stages(config, plan, schedule, usual * chunks)
     num_devices = _num_devices(config, plan, schedule, usual, chunks)
     make_devices(-(-num_devices // peers.num_processes) if peers else num_devices)
-    task = make_task(config)
+    together = peers is not None and peers.num_processes > 1
+    task = make_task(config, initial="functions" if together else "arrays")
+    if peers is not None:
+        check_same_task(peers, config, task)
     optimizer = optax.adam(_learning_rate(config))
     pipe = _make_pipeline(config, task, optimizer, schedule, plan, num_stages)
     _describe(console, config, task)
