@@ -155,7 +155,9 @@ class Pipeline:
             stages, under ``"one_f_one_b"`` and ``"pipedream"``: microbatches go to the
             replicas in turns, and their gradients are averaged. Under an asynchronous schedule
             one update is then made for as many minibatches as a stage has replicas. With
-            ``schedule="auto"`` the others are compared without replicas, on as many devices.
+            ``schedule="auto"`` the others are compared without replicas, on as many devices. If
+            not given, True in one process, whose devices share its memory and, on a CPU, its cores,
+            and False where the run has several processes, which bring machines of their own.
         num_microbatches: how many microbatches a minibatch is divided into; if not given, 1 for
             ``"pipedream"``, else as many as divide it evenly, up to four for each device.
         devices: where the stages are placed, one each, as devices or shardings; `jax.devices()`
@@ -207,7 +209,7 @@ class Pipeline:
         schedule: str | Schedule | PathLike[str] = "one_f_one_b",
         num_stages: int | None = None,
         num_chunks: int | None = None,
-        straight: bool = True,
+        straight: bool | None = None,
         num_microbatches: int | None = None,
         devices: Sequence[Any] | None = None,
         plan: Plan | str | PathLike[str] | Sequence[str] | None = None,

@@ -145,6 +145,7 @@ def test_trouble_is_the_same_in_all_processes(tmp_path):
             assert f"only the shape of ['{mine}'], which a stage of this" in said[f"{call} shapes"]
         assert said["nonfinite"] == 3
         assert said["cuts"] == [0, 1]
+        assert said["replicas"] == [2]
         assert "step 0 failed with JaxRuntimeError" in said["sizes"]
     assert first["loss"] == second["loss"]
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pdjax import data
+from pdjax import data, distributed
 from pdjax.config import TrainConfig
 from pdjax.data import SOURCES
 from pdjax.models import MODELS
@@ -143,6 +143,37 @@ def test_processes_that_read_other_data_are_told(tmp_path, text_file):
 def test_data_has_a_digest(source):
     one, again, other = (data.load(source, seed=seed).digest() for seed in (0, 0, 1))
     assert one == again != other
+
+
+@pytest.mark.parametrize(
+    ("plan", "straight", "several", "expected"),
+    [
+        ("auto", None, False, 2),
+        ("auto", None, True, None),
+        ("auto", True, True, 2),
+        ("auto", False, False, None),
+        ("balanced", None, True, 2),
+        ("balanced", False, True, 2),
+        (("block_1",), None, True, None),
+    ],
+)
+def test_stages_that_are_asked_for(monkeypatch, plan, straight, several, expected):
+    """None where they are the planner's to choose, so that it may replicate them."""
+
+    def make_pipeline(config, task, optimizer, schedule, plan, num_stages):
+        raise StopIteration(config.straight, num_stages, task.params)
+
+    peers = other_peers({})
+    peers.num_processes = 2
+    monkeypatch.setattr(distributed, "current", lambda: peers if several else None)
+    monkeypatch.setattr("pdjax.train._make_pipeline", make_pipeline)
+    named = {"cuts": plan} if isinstance(plan, tuple) else {"plan": plan}
+    config = TrainConfig(model="mlp", model_fields=SMALL["mlp"], straight=straight, **named)
+    with pytest.raises(StopIteration) as stopped:
+        train(config, Console(file=io.StringIO()))
+    given, num_stages, params = stopped.value.args
+    assert (given, num_stages) == (straight, expected)
+    assert callable(params) == several
 
 
 def test_several_processes_train_as_one_does(tmp_path, text_file):

@@ -137,6 +137,11 @@ profile = pdjax.Profile(layers, batch_size=4)
 pipe, state = init({"plan": "auto", "profile": profile})
 said["cuts"] = pipe.plan.first_layers
 
+# One that may replicate, because there are several processes: gradients are nothing to send.
+pipe, _ = init({"plan": "auto", "profile": profile, "topology": "2@1MB/s", "num_stages": None})
+said["replicas"] = pipe.plan.replicas
+pipe, state = init({"plan": "auto", "profile": profile})
+
 # Minibatches of different sizes.
 for _ in range(2):
     state, metrics = pipe.step(state, case.make_batch(changed(8, 4), 0))
