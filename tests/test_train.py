@@ -167,7 +167,7 @@ def test_stages_that_are_asked_for(monkeypatch, plan, straight, several, expecte
     peers.num_processes = 2
     monkeypatch.setattr(distributed, "current", lambda: peers if several else None)
     monkeypatch.setattr("pdjax.train._make_pipeline", make_pipeline)
-    named = {"cuts": plan} if isinstance(plan, tuple) else {"plan": plan}
+    named: Any = {"cuts": plan} if isinstance(plan, tuple) else {"plan": plan}
     config = TrainConfig(model="mlp", model_fields=SMALL["mlp"], straight=straight, **named)
     with pytest.raises(StopIteration) as stopped:
         train(config, Console(file=io.StringIO()))
