@@ -19,6 +19,9 @@ from pdjax.schedules import Schedule
 from pdjax.settings import Settings
 from pdjax.trees import is_function, is_key, leaf_names, shape_of, shapes_of
 
+REMEDY = "Start all with the same program, arguments, data and seed."
+"""What is advised where processes were given different things."""
+
 _SAMPLED = 4096  # elements of a leaf that are compared
 _SHOWN = 100  # characters up to which a fact is shown as it is
 
@@ -41,6 +44,7 @@ def facts(
         "the devices": str([next(iter(p.device_set)).id for p in settings.placements]),
         "the schedule": schedule.to_json() if isinstance(schedule, Schedule) else schedule,
         "the plan": plan.to_json() if isinstance(plan, Plan) else str(plan),
+        "the topology": str(settings.topology or "none"),
         "num_stages": str(settings.num_stages),
         "num_chunks": str(settings.num_chunks),
         "num_microbatches": str(settings.num_microbatches),
@@ -49,6 +53,9 @@ def facts(
         "weighted_loss": str(settings.weighted_loss),
         "state_update": settings.state_update,
         "remat": str(settings.remat),
+        "run_ahead": str(settings.run_ahead),
+        "nonfinite": settings.nonfinite,
+        "the eval_loss_fn": "one" if settings.eval_loss_fn is not settings.loss_fn else "none",
     }
     for name, shape, axis in zip(spec.names, spec.shapes, spec.axes, strict=True):
         found[f"the batch leaf {name!r}"] = f"{_text_of_shape(shape)}, batch axis {axis}"
@@ -62,8 +69,13 @@ def facts(
     return {name: _without_addresses(text) for name, text in found.items()}
 
 
-def check_agreement(peers: Peers, mine: dict[str, str]) -> None:
+def check_agreement(peers: Peers, mine: dict[str, str], remedy: str = REMEDY) -> None:
     """Compares with what the other processes were given.
+
+    Args:
+        peers: the processes.
+        mine: what this one was given, as text, by names.
+        remedy: what to do where they differ.
 
     Raises:
         ValueError: if something differs; in every process, with one difference by name: something
@@ -77,8 +89,7 @@ def check_agreement(peers: Peers, mine: dict[str, str]) -> None:
             if first != other:
                 raise ValueError(
                     f"the processes disagree about {name}: process 0 on {peers.hosts[0]} has "
-                    f"{first}, process {process} on {peers.hosts[process]} has {other}. Start all "
-                    "with the same program, arguments, data and seed."
+                    f"{first}, process {process} on {peers.hosts[process]} has {other}. {remedy}"
                 )
 
 

@@ -6,9 +6,8 @@ It prints a table and the topology that a plan is made for:
     python -m pdjax.bandwidth --coordinator host0:9000 --num-processes 2 --process-id 0   # on host0
     python -m pdjax.bandwidth --coordinator host0:9000 --num-processes 2 --process-id 1   # on host1
 
-Between devices of one process an array is copied from one to the other. Between processes all of
-them reduce an array over one device each; a ring passes 2(m−1)/m times its bytes over the link of
-each of m processes.
+Between devices of one process an array is copied from one to the other. Between processes each
+sends an array to the next one, around a ring, in the way that pipelines send theirs.
 """
 
 from __future__ import annotations
@@ -24,7 +23,9 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from pdjax.command import run_command
+from pdjax import distributed
+from pdjax.command import print_error, run_command
+from pdjax.errors import ClusterError
 from pdjax.links import ALONE_BYTES_PER_S, measure_between_processes, measure_pairs
 from pdjax.topology import Level, Topology, format_bytes
 
@@ -64,8 +65,15 @@ class BandwidthConfig:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code, 2 for arguments that make no sense."""
-    return run_command("pdjax.bandwidth", BandwidthConfig, measure, arguments, wraps=True)
+    """Runs the command line; returns the exit code.
+
+    0 for success, 1 if the processes do not come together, 2 for arguments that make no sense.
+    """
+    try:
+        return run_command("pdjax.bandwidth", BandwidthConfig, measure, arguments, wraps=True)
+    except ClusterError as error:
+        print_error(f"error: {error}")
+        return 1
 
 
 def measure(config: BandwidthConfig, console: Console) -> Topology:
@@ -79,21 +87,22 @@ def measure(config: BandwidthConfig, console: Console) -> Topology:
     if config.num_devices is not None:
         jax.config.update("jax_num_cpu_devices", config.num_devices)
     if config.coordinator is not None:
-        jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
+        distributed.initialize(config.coordinator, config.num_processes, config.process_id)
     devices = jax.local_devices()
     pairs = measure_pairs(devices, config.num_bytes, config.repeats)
     if pairs:
         console.print(_table(devices, pairs))
     inside = _rounded(statistics.median(pairs.values()) if pairs else ALONE_BYTES_PER_S)
     topology = Topology.local(devices, bandwidth_bytes_per_s=inside)
-    if jax.process_count() > 1:
+    peers = distributed.current()
+    if peers is not None and peers.num_processes > 1:
         _check_equal_processes()
-        between = _rounded(measure_between_processes(config.num_bytes, config.repeats))
+        between = _rounded(measure_between_processes(peers, config.num_bytes, config.repeats))
         console.print(f"between processes: {format_bytes(between)}/s", markup=False)
         topology = _of_processes(topology, between)
     elif not pairs:
         console.print("one device: there is nothing to measure")
-    if jax.process_index() == 0:  # the others have measured nearly the same
+    if jax.process_index() == 0:
         console.print(f"--topology {topology}", markup=False, soft_wrap=True)
     return topology
 

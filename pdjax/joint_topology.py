@@ -13,8 +13,8 @@ from pdjax.distributed import Peers
 from pdjax.links import measure_between_processes
 from pdjax.topology import Level, Topology
 
-_NUM_BYTES = 2**22
-_REPEATS = 3
+_NUM_BYTES = 2**23
+_REPEATS = 5
 
 
 def joint_topology(devices: Sequence[Any], peers: Peers) -> Topology:
@@ -28,7 +28,7 @@ def joint_topology(devices: Sequence[Any], peers: Peers) -> Topology:
         peers: the processes.
     """
     own = [device for device in devices if device.process_index == jax.process_index()]
-    mine: dict[str, Any] = {"between": measure_between_processes(_NUM_BYTES, _REPEATS)}
+    mine: dict[str, Any] = {"between": measure_between_processes(peers, _NUM_BYTES, _REPEATS)}
     if own:
         local = local_topology(own)
         mine["within"] = local.levels[0].bandwidth_bytes_per_s

@@ -14,7 +14,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import SingleDeviceSharding
+
+from pdjax.distributed import Peers
+from pdjax.runtime.remote import RemoteTransport
+from pdjax.runtime.transport import Transport
 
 ALONE_BYTES_PER_S = 10e9
 """What is said of a device that has no other to send to: about what one PCIe 3.0 slot carries. A
@@ -52,26 +56,47 @@ def measure_pairs(
     return {pair: num_bytes / took for pair, took in zip(pairs, seconds, strict=True)}
 
 
-def measure_between_processes(num_bytes: int = 2**24, repeats: int = 7) -> float:
-    """Bytes/s of the link of each process, by an all-reduce over the first device of each.
+def measure_between_processes(peers: Peers, num_bytes: int = 2**24, repeats: int = 7) -> float:
+    """Bytes/s of the link of the process that has the slowest, in either direction.
 
-    To be called in all processes of `jax.distributed` at the same time.
+    Around a ring each process sends to the next one and receives from the one before, over the wire
+    that pipelines use. To be called in all processes at the same time.
+
+    Args:
+        peers: the processes.
+        num_bytes: size of the array that each sends.
+        repeats: how often it is sent; the median counts.
+
+    Returns:
+        The same in all processes.
 
     Raises:
         ValueError: if there is only one process.
     """
-    first = {device.process_index: device for device in reversed(jax.devices())}
-    count = len(first)
-    if count < 2:
+    if peers.num_processes < 2:
         raise ValueError("there is one process; expected several to measure between.")
-    mesh = Mesh(np.array([first[process] for process in sorted(first)]), ("process",))
-    rows = NamedSharding(mesh, PartitionSpec("process"))
-    num_floats = max(num_bytes // 4, 1)
-    mine = np.zeros((1, num_floats), np.float32)
-    data = jax.make_array_from_process_local_data(rows, mine, (count, num_floats))
-    reduce = jax.jit(lambda x: x.sum(0), out_shardings=NamedSharding(mesh, PartitionSpec()))
-    (seconds,) = _median_s([lambda: reduce(data)], repeats)
-    return 2 * (count - 1) / count * 4 * num_floats / seconds
+    first = {device.process_index: device for device in reversed(jax.devices())}
+    places = [SingleDeviceSharding(first[process]) for process in range(peers.num_processes)]
+    transport = RemoteTransport(places, peers)
+    data = jax.device_put(np.ones(num_bytes, np.uint8), places[peers.process_id])
+    (seconds,) = _median_s([partial(_pass_on, transport, data)], repeats, transport.meet)
+    return num_bytes / max(peers.exchange("seconds on the slowest link", seconds))
+
+
+def _pass_on(transport: Transport, data: jax.Array) -> Sequence[jax.Array] | None:
+    """Sends `data` to the next process; returns what the one before sends.
+
+    Every second link comes first: where a process does one after the other, all links of a half are
+    busy at once.
+    """
+    count, received = len(transport.here), None
+    for source in (*range(0, count, 2), *range(1, count, 2)):
+        target = (source + 1) % count
+        mine = [data] if transport.here[source] else None
+        moved = transport.move(mine, [data], source, target)
+        if transport.here[target]:
+            received = moved
+    return received
 
 
 def _check_local(devices: Sequence[Any]) -> None:
@@ -86,11 +111,20 @@ def _check_local(devices: Sequence[Any]) -> None:
             )
 
 
-def _median_s(sends: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
-    """Seconds that each of `sends` takes. They take turns, after a first turn that warms up."""
+def _median_s(
+    sends: Sequence[Callable[[], Any]], repeats: int, meet: Callable[[], None] = lambda: None
+) -> list[float]:
+    """Seconds that each of `sends` takes. They take turns, after a first turn that warms up.
+
+    Args:
+        sends: what is timed.
+        repeats: how many turns are counted.
+        meet: returns when all are ready who take part.
+    """
     seconds: list[list[float]] = [[] for _ in sends]
     for _ in range(repeats + 1):
         for send, taken in zip(sends, seconds, strict=True):
+            meet()
             start = time.perf_counter()
             jax.block_until_ready(send())
             taken.append(time.perf_counter() - start)

@@ -155,7 +155,9 @@ class Pipeline:
             stages, under ``"one_f_one_b"`` and ``"pipedream"``: microbatches go to the
             replicas in turns, and their gradients are averaged. Under an asynchronous schedule
             one update is then made for as many minibatches as a stage has replicas. With
-            ``schedule="auto"`` the others are compared without replicas, on as many devices.
+            ``schedule="auto"`` the others are compared without replicas, on as many devices. If
+            not given, True in one process, whose devices share its memory and, on a CPU, its cores,
+            and False where the run has several processes, which bring machines of their own.
         num_microbatches: how many microbatches a minibatch is divided into; if not given, 1 for
             ``"pipedream"``, else as many as divide it evenly, up to four for each device.
         devices: where the stages are placed, one each, as devices or shardings; `jax.devices()`
@@ -207,7 +209,7 @@ class Pipeline:
         schedule: str | Schedule | PathLike[str] = "one_f_one_b",
         num_stages: int | None = None,
         num_chunks: int | None = None,
-        straight: bool = True,
+        straight: bool | None = None,
         num_microbatches: int | None = None,
         devices: Sequence[Any] | None = None,
         plan: Plan | str | PathLike[str] | Sequence[str] | None = None,
@@ -252,9 +254,9 @@ class Pipeline:
             remat=remat,
             state_update=one_of("state_update", state_update, ("microbatch", "minibatch")),
             allow_stale=allow_stale,
+            run_ahead=run_ahead,
+            nonfinite=one_of("nonfinite", nonfinite, ("raise", "ignore")),
         )
-        self._run_ahead = run_ahead
-        self._raises = one_of("nonfinite", nonfinite, ("raise", "ignore")) == "raise"
         self._latest: _Training | None = None
         self._timeline: Timeline | None = None
         if run_ahead is not None and run_ahead < 1:
@@ -560,8 +562,8 @@ class Pipeline:
 
     @property
     def _allowed_ahead(self) -> int:
-        if self._run_ahead is not None:
-            return self._run_ahead
+        if self._settings.run_ahead is not None:
+            return self._settings.run_ahead
         # Fewer cost time where steps are short: the thread sleeps for each loss, and wakes late.
         return 8 if self.schedule.flushes else 8 + self.schedule.num_stages
 
@@ -603,7 +605,7 @@ class Pipeline:
             with _breaking_on_errors(training, step, Exception):
                 value = loss.item()
             losses.popleft()
-            if self._raises and not math.isfinite(value):
+            if self._settings.nonfinite == "raise" and not math.isfinite(value):
                 losses.clear()  # said once; what came after it is no news
                 raise NonFiniteLossError(
                     f"the loss of step {step} (counted from 0) is {value}. Lower the learning "

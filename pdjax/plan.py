@@ -109,7 +109,7 @@ def _graph(config: PlanConfig, batch_size: int) -> LayerGraph:
             sequence_length=config.sequence_length,
             model_fields=config.model_fields,
         ),
-        shapes_only=True,
+        initial="shapes",
     )
 
     def many(leaf: Any) -> jax.ShapeDtypeStruct:

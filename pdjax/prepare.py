@@ -86,7 +86,7 @@ class Prepared:
         self._example = example = _example(settings, params, batch, model_state, rng)
         self._spec = example.spec
         peers = peers_of(settings.placements, chosen_by_user=settings.devices_given)
-        sized = settings.for_batch(self._spec.size)
+        sized = settings.for_processes(peers is not None).for_batch(self._spec.size)
         decided = decide(sized, example, params, model_state, peers)
         self._settings = settings = decided.settings
         self.plan, self.schedule, self.rule = decided.plan, decided.schedule, decided.rule

@@ -28,7 +28,7 @@ class Settings:
         devices_given: whether the user said so.
         num_stages: how many there are; None if the plan is to say.
         num_chunks: stages on each worker; None for what is usual under the schedule.
-        straight: whether an automatic plan must not replicate stages.
+        straight: whether an automatic plan must not replicate stages; None for what is usual.
     """
 
     loss_fn: Callable[..., Any]
@@ -39,7 +39,7 @@ class Settings:
     devices_given: bool
     num_stages: int | None
     num_chunks: int | None
-    straight: bool
+    straight: bool | None
     num_microbatches: int | None
     plan: Plan | tuple[str, ...] | Literal["auto", "balanced"]
     topology: Topology | None
@@ -50,10 +50,20 @@ class Settings:
     remat: Remat | Sequence[Remat] | None
     state_update: Literal["microbatch", "minibatch"]
     allow_stale: bool
+    run_ahead: int | None
+    nonfinite: Literal["raise", "ignore"]
 
     def for_plan(self, plan: Plan) -> Settings:
         """The settings with all that a plan decides."""
         return replace(self, plan=plan, num_stages=plan.num_stages)
+
+    def for_processes(self, several: bool) -> Settings:
+        """The settings with whether an automatic plan is straight, if nobody said so.
+
+        Devices of one process share its memory, and on a CPU its cores, so that replicas bring
+        little there. Those of several processes are usually on several hosts.
+        """
+        return self if self.straight is not None else replace(self, straight=not several)
 
     def for_batch(self, batch_size: int) -> Settings:
         """The settings with the number of microbatches, for minibatches of `batch_size`."""

@@ -25,6 +25,7 @@ from pdjax.training.baseline import SingleDevice
 from pdjax.training.loop import Speed, TrainingLoop, evaluate
 from pdjax.training.outputs import RunDirectory, check_free, make_directory
 from pdjax.training.progress import TrainingProgress
+from pdjax.training.sameness import check_same_task
 from pdjax.training.task import Task, make_task
 
 _NUM_DEVICES = 2  # where nothing is said, and there are no more processes
@@ -65,11 +66,16 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     schedule = read_schedule(config.schedule)
     chunks = choose_num_chunks(schedule, config.num_chunks)
     peers = distributed.current()
-    usual = max(_NUM_DEVICES, peers.num_processes if peers else 0)
-    num_stages = _num_stages(config, plan, schedule, usual * chunks)
+    num_processes = peers.num_processes if peers else 1
+    together = num_processes > 1
+    usual = max(_NUM_DEVICES, num_processes)
+    straight = not together if config.straight is None else config.straight
+    num_stages = _num_stages(config, plan, schedule, usual * chunks, straight)
     num_devices = _num_devices(config, plan, schedule, usual, chunks)
-    make_devices(-(-num_devices // peers.num_processes) if peers else num_devices)
-    task = make_task(config)
+    make_devices(-(-num_devices // num_processes))
+    task = make_task(config, initial="functions" if together else "arrays")
+    if peers is not None:
+        check_same_task(peers, config, task)
     optimizer = optax.adam(_learning_rate(config))
     pipe = _make_pipeline(config, task, optimizer, schedule, plan, num_stages)
     _describe(console, config, task)
@@ -123,6 +129,7 @@ def _make_pipeline(
         schedule=schedule,
         num_stages=num_stages,
         num_chunks=config.num_chunks,
+        straight=config.straight,
         allow_stale=config.allow_stale,
         num_microbatches=config.num_microbatches,
         plan=plan,
@@ -134,10 +141,14 @@ def _make_pipeline(
 
 
 def _num_stages(
-    config: TrainConfig, plan: _Planned, schedule: str | Schedule, usual: int
+    config: TrainConfig, plan: _Planned, schedule: str | Schedule, usual: int, straight: bool
 ) -> int | None:
-    """How many stages are asked for; None if the plan or the schedule says it."""
+    """How many stages are asked for; None if the plan or the schedule says it.
+
+    A plan that may replicate stages does: with a stage for each device none would be left for it.
+    """
     told = isinstance(plan, (Plan, tuple)) or isinstance(schedule, Schedule) or schedule == AUTO
+    told = told or (plan == AUTO and not straight)
     if told or config.num_stages is not None:
         return config.num_stages
     return usual

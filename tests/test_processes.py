@@ -145,6 +145,7 @@ def test_trouble_is_the_same_in_all_processes(tmp_path):
             assert f"only the shape of ['{mine}'], which a stage of this" in said[f"{call} shapes"]
         assert said["nonfinite"] == 3
         assert said["cuts"] == [0, 1]
+        assert said["replicas"] == [2]
         assert "step 0 failed with JaxRuntimeError" in said["sizes"]
     assert first["loss"] == second["loss"]
 
@@ -188,6 +189,20 @@ def test_topology_of_several_processes(owners, memory, expected, monkeypatch):
     devices = [SimpleNamespace(process_index=owner) for owner in owners]
     peers: Any = Both()
     assert str(joint_topology.joint_topology(devices, peers)) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("device_put", r"devices of this process \(cpu\) cannot send .* Set it to 'transfer'"),
+        ("pigeon", "PDJAX_TRANSPORT='pigeon' in the environment; expected 'device_put' or"),
+    ],
+)
+def test_a_way_to_travel_that_is_not_there(value, message, monkeypatch):
+    monkeypatch.setenv(wires.VARIABLE, value)
+    peers: Any = SimpleNamespace(exchange=None)  # it is refused before anybody is asked
+    with pytest.raises(ValueError, match=message):
+        wires.find_wire([], peers, 0)
 
 
 class Slow:

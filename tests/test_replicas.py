@@ -331,6 +331,7 @@ def test_a_plan_with_replicas_is_run(schedule):
         (False, "one_f_one_b", 1, (4,)),
         (True, "one_f_one_b", None, (1,)),
         (True, "one_f_one_b", 1, (1,)),
+        (None, "one_f_one_b", None, (1,)),
         (False, "gpipe", None, (1,)),
         (False, "pipedream_vertical_sync", None, (1,)),
     ],
@@ -358,6 +359,14 @@ def test_the_planner_replicates_if_it_and_the_schedule_may(
     state = pipe.init(case().params, batch, rng=KEY)
     pipe.step(state, batch)
     assert pipe.schedule.replicas == replicas
+
+
+def test_several_processes_may_replicate_unless_told_otherwise():
+    pipe = pdjax.Pipeline(case().loss_fn, OPTIMIZER)
+    for given, in_one, in_several in ((None, True, False), (True,) * 3, (False,) * 3):
+        settings = replace(pipe._settings, straight=given)
+        assert settings.for_processes(several=False).straight is in_one
+        assert settings.for_processes(several=True).straight is in_several
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "zero_bubble_h1", "pipedream_vertical_sync"])

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import pytest
@@ -115,6 +116,45 @@ def test_bandwidth_is_bytes_over_seconds_without_the_first_turn(monkeypatch):
     assert links.measure_bandwidth(jax.devices()[:3], 60, 1) == 17.5
 
 
+@pytest.mark.parametrize(("count", "order"), [(2, [(0, 1), (1, 0)]), (3, [(0, 1), (2, 0), (1, 2)])])
+def test_processes_send_around_a_ring_and_the_slowest_counts(count, order, monkeypatch):
+    """All in one order, so that no two wait for each other, and none begins before all are ready.
+
+    The clock is made up: a turn takes 2 s, the first 60 s.
+    """
+
+    class Ring:
+        here = (True,) + (False,) * (count - 1)
+
+        def __init__(self, places, peers):
+            assert (len(places), peers.process_id) == (count, 0)
+
+        def meet(self):
+            log.append("meet")
+
+        def move(self, values, shapes, source, target):
+            assert (values is None) == (source != 0)
+            assert [(s.shape, s.dtype) for s in shapes] == [((60,), "uint8")]
+            log.append((source, target))
+            return shapes if target == 0 else None
+
+    def exchange(about, seconds):
+        assert seconds == 2.0
+        return [seconds, 3.0, *[1.0] * (count - 2)]
+
+    log: list[Any] = []
+    clock = iter([0.0, 60.0, 60.0, 62.0, 62.0, 64.0])
+    elsewhere = [SimpleNamespace(process_index=process) for process in range(1, count)]
+    monkeypatch.setattr(links, "RemoteTransport", Ring)
+    monkeypatch.setattr(links.time, "perf_counter", lambda: next(clock))
+    here = jax.devices()[0]
+    monkeypatch.setattr(links.jax, "devices", lambda: [here, *elsewhere])
+    monkeypatch.setattr(links, "SingleDeviceSharding", lambda device: device)
+    peers: Any = SimpleNamespace(num_processes=count, process_id=0, exchange=exchange)
+    assert links.measure_between_processes(peers, 60, 2) == 20.0
+    assert log == ["meet", *order] * 3
+
+
 def test_bandwidth_of_too_few_devices():
     assert links.measure_bandwidth(jax.devices()[:1]) == links.ALONE_BYTES_PER_S
     with pytest.raises(ValueError, match="no devices"):
@@ -122,7 +162,7 @@ def test_bandwidth_of_too_few_devices():
     with pytest.raises(ValueError, match="no devices"):
         Topology.local([])
     with pytest.raises(ValueError, match="there is one process"):
-        links.measure_between_processes()
+        links.measure_between_processes(cast(Any, SimpleNamespace(num_processes=1)))
     with pytest.raises(ValueError, match="belongs to process 7, this is process 0"):
         links.measure_bandwidth([SimpleNamespace(process_index=7)])
 

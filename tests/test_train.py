@@ -8,15 +8,20 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from pdjax import data, distributed
 from pdjax.config import TrainConfig
 from pdjax.data import SOURCES
 from pdjax.models import MODELS
 from pdjax.schedules import ALGORITHMS
 from pdjax.train import main, train
+from pdjax.training.sameness import check_same_task
+from pdjax.training.task import make_task
 
 SMALL = {
     "transformer": ("width=8", "num_blocks=2", "num_heads=2", "dropout=0.0"),
@@ -101,6 +106,97 @@ def test_the_same_seed_gives_the_same_run(tmp_path, text_file):
         return [json.loads(line)["loss"] for line in lines]
 
     assert losses("one") == losses("two")
+
+
+def other_peers(*others):
+    """Processes of which the first is this one, and the others have something else in places."""
+
+    def exchange(about, mine):
+        return [mine, *({**mine, **other} for other in others)]
+
+    peers: Any = SimpleNamespace(exchange=exchange, hosts=("here", "there"))
+    return peers
+
+
+def test_processes_that_read_other_data_are_told(tmp_path, text_file):
+    """One letter of as long a text, which no shape shows."""
+    other_file = tmp_path / "dog.txt"
+    other_file.write_text(TEXT[:1000] + "X" + TEXT[1001:])
+    configs = [
+        TrainConfig(model_fields=SMALL["transformer"], sequence_length=16, data=str(path))
+        for path in (text_file, other_file)
+    ]
+    task, other = (make_task(config, initial="shapes") for config in configs)
+    assert task.dataset.description == other.dataset.description
+    same = {"the data": f"digest {task.dataset.digest()}"}
+    check_same_task(other_peers(same), configs[0], task)
+    for differing, name in (
+        ({"the data": f"digest {other.dataset.digest()}"}, "the data"),
+        ({"--steps": "7"}, "--steps"),
+    ):
+        text = rf"disagree about {name}: process 0 on here has .+, process 1 on there has .+ same v"
+        with pytest.raises(ValueError, match=text):
+            check_same_task(other_peers(differing), configs[0], task)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_data_has_a_digest(source):
+    one, again, other = (data.load(source, seed=seed).digest() for seed in (0, 0, 1))
+    assert one == again != other
+
+
+@pytest.mark.parametrize(
+    ("plan", "straight", "several", "expected"),
+    [
+        ("auto", None, False, 2),
+        ("auto", None, True, None),
+        ("auto", True, True, 2),
+        ("auto", False, False, None),
+        ("balanced", None, True, 2),
+        ("balanced", False, True, 2),
+        (("block_1",), None, True, None),
+    ],
+)
+def test_stages_that_are_asked_for(monkeypatch, plan, straight, several, expected):
+    """None where they are the planner's to choose, so that it may replicate them."""
+
+    def make_pipeline(config, task, optimizer, schedule, plan, num_stages):
+        raise StopIteration(config.straight, num_stages, task.params)
+
+    peers = other_peers({})
+    peers.num_processes = 2
+    monkeypatch.setattr(distributed, "current", lambda: peers if several else None)
+    monkeypatch.setattr("pdjax.train._make_pipeline", make_pipeline)
+    named: Any = {"cuts": plan} if isinstance(plan, tuple) else {"plan": plan}
+    config = TrainConfig(model="mlp", model_fields=SMALL["mlp"], straight=straight, **named)
+    with pytest.raises(StopIteration) as stopped:
+        train(config, Console(file=io.StringIO()))
+    given, num_stages, params = stopped.value.args
+    assert (given, num_stages) == (straight, expected)
+    assert callable(params) == several
+
+
+def test_several_processes_train_as_one_does(tmp_path, text_file):
+    """Each makes only what its stage trains."""
+    arguments = ["--data", str(text_file), "--cuts", "block_1", "--steps", "3", "--batch-size", "8"]
+    arguments += ["--model-fields", *SMALL["transformer"], "--sequence-length", "16"]
+    arguments += ["--eval-examples", "8", "--num-microbatches", "2", "--no-single-device"]
+    launch = ["-m", "pdjax.launch", "--num-processes", "2", "--no-pin", "--", sys.executable]
+    found = []
+    for name, launcher in (("one", []), ("two", launch)):
+        output = tmp_path / name
+        done = subprocess.run(
+            [sys.executable, *launcher, "-m", "pdjax.train", *arguments, "--output", str(output)],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        summary = json.loads((output / "summary.json").read_text())
+        found.append({key: summary[key] for key in ("initial_loss", "final_loss", "eval_loss")})
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 def test_cuts_by_hand(tmp_path, text_file):

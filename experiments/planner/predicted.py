@@ -96,7 +96,7 @@ class Timed:
 
 def trace(model: Model) -> tuple[LayerGraph, Any]:
     """The model and a microbatch."""
-    task = make_task(model.config, shapes_only=True)
+    task = make_task(model.config, initial="shapes")
     examples = [task.dataset.train[at] for at in range(model.batch_size)]
     batch = jax.tree.map(lambda *leaves: np.stack(leaves), *examples)
     loss_fn = taking_key(task.loss_fn, task.model_state is not None)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import grain
 import numpy as np
@@ -29,6 +30,7 @@ class Dataset:
             always the same sample of them.
         num_classes: number of classes, which for text is the size of the vocabulary.
         description: one line on what was loaded, with its size.
+        content: the arrays that the examples are made from.
     """
 
     name: str
@@ -37,6 +39,19 @@ class Dataset:
     test: grain.MapDataset[Example]
     num_classes: int
     description: str
+    content: tuple[np.ndarray, ...]
+
+    def digest(self) -> str:
+        """A short text that is another one for other data: of all that the examples are made from.
+
+        Of noise that is drawn, and of the order, the first examples are looked at.
+        """
+        found = hashlib.sha256()
+        first = [cast(Example, examples[0]) for examples in (self.train, self.test)]
+        for array in (*self.content, *(leaf for example in first for leaf in example.values())):
+            found.update(f"{array.dtype}{array.shape}".encode())
+            found.update(np.ascontiguousarray(array).data)
+        return found.hexdigest()[:12]
 
 
 def shuffle_for_ever(examples: grain.MapDataset[Example], seed: int) -> grain.MapDataset[Example]:

@@ -43,6 +43,7 @@ def load_digits(*, seed: int, image_size: int | None = None) -> Dataset:
             f"{len(images):,} handwritten digits of {factor * IMAGE_SIZE} × {factor * IMAGE_SIZE} "
             f"pixels, {len(test)} held out"
         ),
+        content=(images[train], labels[train], images[test], labels[test]),
     )
 
 

@@ -53,6 +53,7 @@ def load_synthetic_text(*, seed: int, sequence_length: int) -> Dataset:
             f"{len(tokens):,} sequences of {sequence_length} tokens of a Markov chain, "
             f"{NUM_TEST} held out; the lowest loss is {lowest_text_loss():.2f} nats a token"
         ),
+        content=(tokens,),
     )
 
 
@@ -85,6 +86,7 @@ def load_synthetic_images(*, seed: int, image_size: int | None = None) -> Datase
             f"{len(images):,} noisy images of {NUM_CLASSES} prototypes, {size} × {size} pixels, "
             f"{NUM_TEST} held out"
         ),
+        content=(prototypes,),
     )
 
 

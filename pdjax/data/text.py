@@ -111,6 +111,7 @@ def _load(name: str, paths: Sequence[str], seed: int, sequence_length: int) -> D
             f"{len(corpus.bytes):,} bytes of text in {len(paths):,} files, "
             f"{len(test):,} bytes held out, {sequence_length} bytes an example"
         ),
+        content=(train, test),
     )
 
 

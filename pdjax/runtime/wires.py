@@ -63,7 +63,7 @@ def find_wire(ends: Sequence[End], peers: Peers, run: int) -> Wire:
 
     Raises:
         ValueError: if there are more ends than can be told apart; if PDJAX_TRANSPORT is set to what
-            is not there, or not to the same in all processes.
+            is not there, to what the devices do not support, or not to the same in all processes.
     """
     if len(ends) > 2**_END_BITS:
         raise ValueError(
@@ -82,6 +82,12 @@ def find_wire(ends: Sequence[End], peers: Peers, run: int) -> Wire:
 
 def _preference(ends: Sequence[End]) -> str:
     chosen = os.environ.get(VARIABLE, "")
+    if chosen == "device_put" and not _can_put():
+        raise ValueError(
+            f"{VARIABLE}={chosen!r} in the environment, but the devices of this process "
+            f"({jax.local_devices()[0].device_kind}) cannot send arrays to those of others; "
+            "expected GPUs or TPUs. Set it to 'transfer', or leave it out."
+        )
     if chosen in ("device_put", "transfer"):
         return chosen
     if chosen:
@@ -89,10 +95,14 @@ def _preference(ends: Sequence[End]) -> str:
             f"{VARIABLE}={chosen!r} in the environment; expected 'device_put' or 'transfer', or "
             "nothing for what the devices support."
         )
-    client = jax.local_devices()[0].client
     kinds = {device.device_kind for end in ends for device in end.sharding.device_set}
-    can_put = getattr(client, "supports_cross_host_transfers", False) and len(kinds) == 1
-    return "device_put" if can_put else "transfer"
+    return "device_put" if len(kinds) == 1 and _can_put() else "transfer"
+
+
+def _can_put() -> bool:
+    """Whether `jax.device_put` reaches the devices of other processes."""
+    client = jax.local_devices()[0].client
+    return bool(getattr(client, "supports_cross_host_transfers", False))
 
 
 class DevicePutWire:

@@ -106,7 +106,8 @@ class TrainingLoop:
             losses = self._directory.losses
             rate = self._done * self._config.batch_size / self._busy_s
             progress.update(self._done, losses[-1] if losses else None, rate)
-        jax.block_until_ready([metrics, [held.weights for held in state.run.stages]])
+        jax.block_until_ready(metrics)
+        _wait_for(state)
         self._busy_s = already + time.perf_counter() - start
         return state
 
@@ -115,11 +116,16 @@ class TrainingLoop:
         schedule = self._pipe.schedule
         for _ in range((schedule.lag + 1) * schedule.num_minibatches):
             state, _ = self._pipe.step(state, next(self._batches))
-        self._pipe.params(state)
+        _wait_for(state)
         with self._pipe.record(state):
             for _ in range((schedule.lag + _RECORDED) * schedule.num_minibatches):
                 state, _ = self._pipe.step(state, next(self._batches))
         return self._pipe.drain(state)
+
+
+def _wait_for(state: pdjax.PipelineState) -> None:
+    """Returns when the weights of this process are ready; no other has to send it any."""
+    jax.block_until_ready([held.weights for held in state.run.stages])
 
 
 def evaluate(

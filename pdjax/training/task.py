@@ -6,7 +6,7 @@ import ast
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -16,6 +16,7 @@ import optax
 from pdjax import data
 from pdjax.config import TrainConfig
 from pdjax.models import MODELS, find_model
+from pdjax.trees import shapes_of
 
 _DEFAULT_DATA = {"text": "stdlib", "image": "digits"}
 
@@ -26,8 +27,8 @@ class Task:
 
     Attributes:
         dataset: the data.
-        params: the initial parameters.
-        model_state: the initial mutable state (BatchNorm statistics), or None.
+        params: the initial parameters; or their shapes, or a function that makes them.
+        model_state: the initial mutable state (BatchNorm statistics) likewise, or None.
         loss_fn: the training loss, as `pdjax.Pipeline` takes it.
         eval_loss_fn: the loss without dropout and with the moving averages of BatchNorm.
         num_parameters: number of trained numbers.
@@ -41,12 +42,16 @@ class Task:
     num_parameters: int
 
 
-def make_task(config: TrainConfig, *, shapes_only: bool = False) -> Task:
+Initial = Literal["arrays", "functions", "shapes"]
+"""In what form a task has its initial parameters: made, to be made by the stages, or not at all."""
+
+
+def make_task(config: TrainConfig, *, initial: Initial = "arrays") -> Task:
     """Loads the data, builds the model and initialises its parameters.
 
     Args:
         config: what to train.
-        shapes_only: whether the parameters are left as shapes, so that they take no memory.
+        initial: the form of parameters and mutable state; only as arrays they take memory.
 
     Raises:
         ValueError: for an unknown model or data source, one that does not go with the other, or
@@ -68,18 +73,31 @@ def make_task(config: TrainConfig, *, shapes_only: bool = False) -> Task:
         )
     model = spec.build(dataset.num_classes, **_read_fields(config.model_fields))
     example = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], dataset.train[0])
-    init = partial(jax.eval_shape, model.init) if shapes_only else jax.jit(model.init)
-    variables = init(_init_key(config.seed), example["x"])
-    params, model_state = variables["params"], dict(variables)
-    del model_state["params"]
+    params, model_state = _initial(model, _init_key(config.seed), example["x"], initial)
+    shapes = shapes_of(params)
+    stateful = model_state is not None
     return Task(
         dataset=dataset,
         params=params,
-        model_state=model_state or None,
-        loss_fn=_loss(model, train=True, stateful=bool(model_state)),
-        eval_loss_fn=_loss(model, train=False, stateful=bool(model_state)),
-        num_parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        model_state=model_state,
+        loss_fn=_loss(model, train=True, stateful=stateful),
+        eval_loss_fn=_loss(model, train=False, stateful=stateful),
+        num_parameters=sum(leaf.size for leaf in jax.tree.leaves(shapes)),
     )
+
+
+def _initial(model: nn.Module, key: jax.Array, x: jax.Array, form: Initial) -> tuple[Any, Any]:
+    """Parameters, and mutable state or None, in one of the forms."""
+
+    def make(key: jax.Array, x: jax.Array) -> tuple[Any, Any]:
+        state = dict(model.init(key, x))
+        return state.pop("params"), state
+
+    run = jax.jit(make) if form == "arrays" else partial(jax.eval_shape, make)
+    params, state = run(key, x)
+    if form == "functions":
+        return lambda: make(key, x)[0], (lambda: make(key, x)[1]) if state else None
+    return params, state or None
 
 
 def _init_key(seed: int) -> jax.Array:

@@ -52,6 +52,10 @@ def loss_with_state(params: Any, state: Any, batch: Any, rng: Any) -> Any:
     return case.loss_fn(params, batch, rng), {"seen": state["seen"] + 1}
 
 
+def loss_without_key(params: Any, batch: Any) -> Any:
+    return case.loss_fn(params, batch, None)
+
+
 def made(seed: int) -> Any:
     return jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(seed), leaf.shape), PARAMS)
 
@@ -68,6 +72,10 @@ DISAGREEMENTS = {
     "the batch leaf 'x'": lambda: init(batch=case.make_batch(changed(8, 4), 0)),
     "the schedule": lambda: init({"schedule": changed("one_f_one_b", "gpipe")}),
     "the plan": lambda: init({"plan": changed("balanced", ["block_1"])}),
+    "the topology": lambda: init({"plan": "auto", "topology": changed(None, "2@1GB/s")}),
+    "run_ahead": lambda: init({"run_ahead": changed(None, 2)}),
+    "nonfinite": lambda: init({"nonfinite": changed("raise", "ignore")}),
+    "the eval_loss_fn": lambda: init({"eval_loss_fn": changed(None, loss_without_key)}),
     "num_microbatches": lambda: init({"num_microbatches": changed(2, 4)}),
     "the devices": lambda: init({"devices": jax.devices()[:: changed(1, -1)]}),
     "remat": lambda: init({"remat": changed("none", "full")}),
@@ -128,6 +136,11 @@ layers = tuple(LayerProfile(f"block_{i}", 1e-3, 2e-3, 1e6, 8.0) for i in range(2
 profile = pdjax.Profile(layers, batch_size=4)
 pipe, state = init({"plan": "auto", "profile": profile})
 said["cuts"] = pipe.plan.first_layers
+
+# One that may replicate, because there are several processes: gradients are nothing to send.
+pipe, _ = init({"plan": "auto", "profile": profile, "topology": "2@1MB/s", "num_stages": None})
+said["replicas"] = pipe.plan.replicas
+pipe, state = init({"plan": "auto", "profile": profile})
 
 # Minibatches of different sizes.
 for _ in range(2):
