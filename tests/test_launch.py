@@ -34,6 +34,15 @@ def test_every_process_is_told_which_one_it_is(capfd):
     assert words[0][1].startswith("127.0.0.1:")
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, "glibc.malloc.hugetlb=1"), ("x", "x")])
+def test_memory_comes_in_large_pages_unless_it_is_said_how(given, expected, capfd, monkeypatch):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if given:
+        monkeypatch.setenv("GLIBC_TUNABLES", given)
+    assert run("import os; print(os.environ['GLIBC_TUNABLES'])", 1) == 0
+    assert capfd.readouterr().out.startswith(f"[0] {expected}")
+
+
 def test_output_and_errors_come_line_by_line(capfd):
     assert run("import sys; print('a'); print('b', file=sys.stderr); print('c', end='')", 1) == 0
     assert capfd.readouterr().out == "[0] a\n[0] b\n[0] c\n"

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pdjax.launch import memory_variables
 from pdjax.planner import PlanOptions, plan_pipeline
 from pdjax.profile_files import load_profile
 from pdjax.topology import Topology
@@ -36,7 +37,8 @@ NAMES = {"data parallel": "data parallelism", "model parallel": "model paralleli
 
 def measured_on(command, path):
     """A profile that a command measures on one core, as slow as where cores are shared."""
-    subprocess.run(["taskset", "-c", "0", *command, path], check=True)
+    told = os.environ | memory_variables()  # as on the hosts
+    subprocess.run(["taskset", "-c", "0", *command, path], check=True, env=told)
     profile = load_profile(path)
     share = max(1, NUM_HOSTS / len(os.sched_getaffinity(0)))
     layers = tuple(

@@ -9,12 +9,13 @@ started once, and the noise of the machine hits all of them.
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+
+from pdjax.launch import free_port, variables
 
 HERE = Path(__file__).parent
 WORKER = HERE / "worker.py"
@@ -28,14 +29,10 @@ class System:
 
     def __init__(self, name, model, cores, python=None):
         command = [python, HERE / "torch_worker.py"] if python else [sys.executable, WORKER]
-        port = _free_port()
+        coordinator = f"127.0.0.1:{free_port()}"
         self.processes = []
         for number, core in enumerate(cores):
-            told = {
-                "PDJAX_COORDINATOR": f"127.0.0.1:{port}",
-                "PDJAX_NUM_PROCESSES": str(len(cores)),
-                "PDJAX_PROCESS_ID": str(number),
-            }
+            told = variables(coordinator, len(cores), number)
             self.processes.append(
                 subprocess.Popen(
                     ["taskset", "-c", str(core), *command, name, model],
@@ -61,12 +58,6 @@ class System:
             process.stdin.close()
         for process in self.processes:
             process.wait(30)
-
-
-def _free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def measure(model, rounds, torch=None):
