@@ -85,8 +85,8 @@ def memory_variables() -> dict[str, str]:
     """What has the C library get memory in large pages, and keep it, unless it is told already.
 
     A program of XLA takes memory for what it makes, and returns it, at every call. By default much
-    of that goes back to the kernel, and comes again in pages of 4 KiB filled with zeros, which takes
-    up to a sixth of a step (experiments/cores).
+    of that goes back to the kernel, and comes again in pages of 4 KiB filled with zeros, which
+    takes up to a sixth of a step (experiments/cores).
     """
     settings = ("hugetlb=1", f"mmap_threshold={2**25}", f"trim_threshold={2**30}")
     chosen = ":".join(f"glibc.malloc.{setting}" for setting in settings)
