@@ -4,7 +4,7 @@
 
 The hosts are network namespaces of this machine (see experiments/cluster). Their links are shaped
 so that data parallelism spends 80 % of its time communicating, then four and sixteen times as
-fast. The systems take turns. Prints Markdown, and writes results.json.
+fast. The systems take turns. Prints Markdown, writes results.json, and draws headline.png.
 """
 
 import argparse
@@ -28,10 +28,12 @@ from pdjax.topology import Topology
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "cluster"))
 from cluster import Cluster
+from draw import draw
 
 NUM_HOSTS, COMMUNICATION_SHARE = 4, 0.8
 SYSTEMS = ("data parallel", "PipeDream", "model parallel", "GPipe")
 FASTER = (1, 4, 16)
+STRAIGHT = "PipeDream, 4 stages"
 NAMES = {"data parallel": "data parallelism", "model parallel": "model parallelism, 4 stages"}
 
 
@@ -83,18 +85,20 @@ def run(cluster, system, model, plan, steps, cache):
     return json.loads(lines[0].partition("RESULT ")[2])
 
 
-def predicted(plan, system):
+def predicted(plan, straight, system):
     """Examples per second that the planner predicts, for what it was asked about."""
-    said = plan.prediction
+    said = straight.prediction if system == STRAIGHT else plan.prediction
     name = NAMES.get(system, system)
     found = [s for s in said.others if s.name.startswith(name)]
-    chosen = said.chosen if system == "PipeDream" else (found[0] if found else None)
+    chosen = said.chosen if "PipeDream" in system else (found[0] if found else None)
     return None if chosen is None else said.batch_size / chosen.microbatch_s
 
 
 def compare(cluster, model, profile, rate, systems, options, folder):
     """The systems in turns at one rate; for each its figures, round by round."""
-    plan, _ = plans_for(profile, rate, folder)
+    plan, straight = plans_for(profile, rate, folder)
+    if plan.replicas != straight.replicas:
+        systems = (*systems, STRAIGHT)
     cluster.set_rate(f"{rate * 8 / 1e6:.3f}mbit")
     print(f"\n{model} at {rate * 8 / 1e6:.0f} Mbit/s\n\n```\n{plan}\n```", flush=True)
     found = {system: [] for system in systems}
@@ -108,7 +112,7 @@ def compare(cluster, model, profile, rate, systems, options, folder):
         "model": model,
         "mbit_per_s": rate * 8 / 1e6,
         "compute_s": sum(layer.forward_s + layer.backward_s for layer in profile.layers),
-        "predicted": {system: predicted(plan, system) for system in systems},
+        "predicted": {system: predicted(plan, straight, system) for system in systems},
         "measured": found,
     }
 
@@ -153,6 +157,7 @@ def main():
                 results.append(compare(cluster, model, profile, rate, systems, options, folder))
                 table(results[-1])
                 (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    draw(results)
 
 
 if __name__ == "__main__":

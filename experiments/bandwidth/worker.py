@@ -24,7 +24,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "cluster"))
 from counters import own_counters
 
 GPIPE_MICROBATCHES = 16  # as the planner has it: 4 for each stage
-SCHEDULES = {"PipeDream": "pipedream", "model parallel": "model_parallel", "GPipe": "gpipe"}
+SCHEDULES = {
+    "PipeDream": "pipedream",
+    "PipeDream, 4 stages": "pipedream",
+    "model parallel": "model_parallel",
+    "GPipe": "gpipe",
+}
 
 
 def profile(model, path):
@@ -44,7 +49,7 @@ def make_pipeline(system, model, plan, num_hosts):
         loss_fn,
         make_optimizer(),
         schedule=schedule,
-        num_microbatches=None if system == "PipeDream" else count,
+        num_microbatches=None if "PipeDream" in system else count,
         plan="balanced" if system == "data parallel" else plan,
     )
     return pipe, init, batch
