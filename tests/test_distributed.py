@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from pdjax.distributed import host as hosting
 from pdjax.distributed.connecting import connect_all
 from pdjax.distributed.door import Door, greeting
+from pdjax.distributed.ending import EndOfProgram
 from pdjax.distributed.frames import ForeignError, Link, encode
 from pdjax.distributed.guest import Guest
 from pdjax.distributed.host import Host
@@ -724,6 +725,26 @@ def test_a_failure_is_told():
             assert "It had completed 1 minibatch; this process" in text
         assert everyone[1].has_failed
         assert losses[1].empty()
+
+
+@pytest.mark.parametrize(("hook_s", "expected"), [(0, "said, told"), (1.5, "told, said, told")])
+def test_a_traceback_comes_before_the_others_hear_of_it_unless_it_takes_long(hook_s, expected):
+    """As soon as they have ended, a launcher ends this process, too."""
+    done: list[str] = []
+
+    class Others:
+        def loss_follows(self) -> bool:
+            return False
+
+        def leave(self, reason: str) -> None:
+            assert reason == "failed: ValueError: bad"
+            done.append("told")
+
+    others: Any = Others()
+    end = EndOfProgram(others, catch_sigterm=False)
+    end._hook = lambda *_: (time.sleep(hook_s), done.append("said"))
+    end._on_exception(ValueError, ValueError("bad"), None)
+    assert ", ".join(done) == expected
 
 
 def test_a_failure_that_follows_from_a_loss_is_not_told():

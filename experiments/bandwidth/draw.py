@@ -30,11 +30,12 @@ def draw(results):
     """One panel for each model: what was measured filled, what was predicted hollow."""
     models = list(dict.fromkeys(one["model"] for one in results))
     figure, axes = plt.subplots(
-        1, len(models), figsize=(5 * len(models), 3.6), layout="constrained", squeeze=False
+        1, len(models), figsize=(4.4 * len(models) + 2, 3.6), layout="constrained", squeeze=False
     )
     for axis, model in zip(axes[0], models, strict=True):
         mine = [one for one in results if one["model"] == model]
-        for system, colour in COLOURS.items():
+        for system in (s for s in COLOURS if any(s in one["measured"] for one in mine)):
+            colour = COLOURS[system]
             rates, (least, middle, most), predicted = points(mine, system)
             error = (middle - least, most - middle)
             axis.errorbar(rates, middle, error, color=colour, marker="o", label=system, capsize=3)
@@ -45,7 +46,18 @@ def draw(results):
         axis.set_xticks([], minor=True)
         axis.set(title=TITLES.get(model, model), xlabel="links, Mbit/s", ylabel="examples/s")
         axis.set_ylim(bottom=0)
-    axes[0][0].legend(frameon=False, fontsize=8, title="filled: measured; hollow: predicted")
+    named = {
+        name: handle
+        for axis in axes[0]
+        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        named.values(),
+        named.keys(),
+        loc="outside right upper",
+        frameon=False,
+        title="filled: measured\nhollow: predicted",
+    )
     figure.savefig(HERE / "headline.png", dpi=130)
 
 

@@ -108,8 +108,27 @@ class EndOfProgram:
             self._peers.leave("was ended by SIGINT")
         else:
             self._code = 1
-            self._peers.fail(_describe(kind, error))
+            if not self._peers.loss_follows():
+                self._say_and_leave(kind, error, trace)
+                return
         self._hook(kind, error, trace)
+
+    def _say_and_leave(
+        self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        """Prints the traceback, and then tells the others.
+
+        As soon as one of them has ended, whoever started the processes may end this one, too. But
+        nobody has to wait for a hook that takes its time, such as a debugger.
+        """
+        reason = f"failed: {_describe(kind, error)}"
+        soon = threading.Timer(_LAST_WORDS_S, self._peers.leave, [reason])
+        soon.daemon = True
+        soon.start()
+        self._hook(kind, error, trace)
+        soon.cancel()
+        soon.join()
+        self._peers.leave(reason)
 
     def _on_exit(self, status: object = None, /) -> None:
         if threading.current_thread() is threading.main_thread():

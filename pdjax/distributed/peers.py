@@ -124,6 +124,13 @@ class Peers:
         if wait not in self._to_finish:
             self._to_finish.append(wait)
 
+    def loss_follows(self) -> bool:
+        """Waits a moment for the loss of another process that may have made this one fail.
+
+        The message about that one then ends this process.
+        """
+        return not self._closed and self._mesh.wait_for_end(_FOLLOW_UP_S)
+
     def fail(self, reason: str) -> None:
         """Tells the others that this process ends before its time, so that they end, too.
 
