@@ -14,7 +14,7 @@ COLOURS = {
     "GPipe": "#5aae61",
     "model parallel": "#878787",
 }
-TITLES = {"vgg16": "VGG-16", "lstm": "LSTM language model"}
+TITLES = {"vgg16": "VGG-16", "lstm": "LSTM language model", "convolutions": "VGG-16, narrow"}
 
 
 def points(results, system):

@@ -1,4 +1,7 @@
-"""The two models of the headline: VGG-16, and a stacked LSTM with a large vocabulary."""
+"""What is trained: VGG-16, and a stacked LSTM with a large vocabulary.
+
+Beside them VGG-16 without its wide layers, on larger batches: it computes much for each weight.
+"""
 
 from typing import Any
 
@@ -11,7 +14,7 @@ import optax
 from pdjax.models import VGG16
 
 VOCABULARY, WIDTH, NUM_LSTMS, SEQUENCE = 8192, 512, 4, 16
-BATCH_SIZE = {"vgg16": 8, "lstm": 16}
+BATCH_SIZE = {"vgg16": 8, "lstm": 16, "convolutions": 32}
 """Examples that a worker takes at a time."""
 
 
@@ -30,8 +33,9 @@ class StackedLSTM(nn.Module):
 def make_model(name, batch_size):
     """The loss function, a function that makes the parameters, and a batch."""
     rng = np.random.default_rng(0)
-    if name == "vgg16":
-        model = VGG16(num_classes=10, dropout=0.0)
+    if name in ("vgg16", "convolutions"):
+        width = 4096 if name == "vgg16" else 512
+        model = VGG16(num_classes=10, dropout=0.0, dense_width=width)
         x = rng.normal(size=(batch_size, 32, 32, 3)).astype(np.float32)
         y = rng.integers(10, size=batch_size)
     else:
