@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 from jax.experimental import transfer
 from jax.sharding import Sharding
 
@@ -19,6 +20,7 @@ from pdjax.distributed import Peers
 
 VARIABLE = "PDJAX_TRANSPORT"
 _NUMBER_BITS, _END_BITS = 24, 14
+_GREETING = 2**_NUMBER_BITS - 1
 
 
 class End(NamedTuple):
@@ -57,7 +59,7 @@ def find_wire(ends: Sequence[End], peers: Peers, run: int) -> Wire:
     """The way that all these devices support; the same one in every process.
 
     Args:
-        ends: between which arrays travel.
+        ends: between which arrays travel; the last ones are those of all processes, in order.
         peers: the processes.
         run: a number that no other wire of these processes has.
 
@@ -143,7 +145,7 @@ class TransferWire:
     The sender offers arrays under a number, and the receiver fetches them under it.
 
     Args:
-        ends: between which arrays travel.
+        ends: as for `find_wire`.
         peers: the processes.
         run: a number that no other wire of these processes has.
     """
@@ -154,6 +156,23 @@ class TransferWire:
         self._server = _server(peers.address)
         self._addresses = peers.exchange("address for transfers", self._server.address())
         self._connections: dict[int, Any] = {}
+        self._greet(peers)
+
+    def _greet(self, peers: Peers) -> None:
+        """Opens the connections between all processes.
+
+        On links that are full the packets that open one get lost again and again, and the kernel
+        waits twice as long before every further try: a first loss may take half a minute to come.
+        """
+        own, first = peers.process_id, len(self._ends) - peers.num_processes
+        others = [process for process in range(peers.num_processes) if process != own]
+        greeting = jax.device_put(np.zeros(1, np.float32), self._ends[first + own].sharding)
+        shape = jax.ShapeDtypeStruct(greeting.shape, greeting.dtype)
+        for process in others:
+            self.send([greeting], Way(first + own, first + process, _GREETING))
+        for process in others:
+            [came] = self.receive([shape], Way(first + process, first + own, _GREETING))
+            came.block_until_ready()
 
     def send(self, values: Sequence[jax.Array], way: Way) -> None:
         """As `Wire.send`."""
