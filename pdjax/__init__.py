@@ -7,7 +7,7 @@ from pdjax.errors import ClusterError as ClusterError
 from pdjax.errors import NonFiniteLossError as NonFiniteLossError
 from pdjax.errors import PdjaxWarning as PdjaxWarning
 from pdjax.pipeline import Pipeline as Pipeline
-from pdjax.pipeline import PipelineState as PipelineState
+from pdjax.pipeline_state import PipelineState as PipelineState
 from pdjax.planner import Plan as Plan
 from pdjax.planner import PlanOptions as PlanOptions
 from pdjax.planner import plan_pipeline as plan_pipeline

@@ -138,4 +138,5 @@ def _table(devices: Sequence[Any], pairs: dict[tuple[int, int], float]) -> Table
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()  # first: it replaces sys.exit, so that the other processes hear of the code
+    sys.exit(code)

@@ -50,7 +50,6 @@ def make_plan(
         straight=settings.straight or not _replicates(settings),
         remat=_planned_remat(settings.remat),
         optimizer_bytes_per_param_byte=optimizer_ratio(settings.optimizer, params),
-        overlap=False,  # an update that is not late waits for its all-reduce, and passes for it
     )
     devices = tuple(next(iter(p.device_set)) for p in settings.placements)
     machines = Machines(devices, settings.topology, settings.profile)

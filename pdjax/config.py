@@ -159,8 +159,9 @@ class PlanConfig:
     optimizer_bytes_per_param_byte: float = 2.0
     """Size of the optimizer state: 2 for Adam, 1 for momentum, 0 for plain SGD."""
 
-    overlap: bool = True
-    """Whether workers compute and communicate at the same time."""
+    overlap: bool = False
+    """Whether stages compute while their replicas are synchronised, as where updates are a round
+    late (update_lag=1)."""
 
     sync: Literal["ring", "paper", "original"] = "ring"
     """What an all-reduce over m replicas sends for each byte of weights: ring 2(m-1)/m, paper

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
 from os import PathLike
 from typing import Any, Literal
 
@@ -30,16 +27,15 @@ from pdjax.arguments import (
     stage_wishes,
 )
 from pdjax.differentiate import Remat
-from pdjax.errors import BrokenPipelineError, NonFiniteLossError
+from pdjax.errors import BrokenPipelineError
 from pdjax.memory import Counts, StageMemory, count, stage_memory
 from pdjax.origins import gather, origins_of
+from pdjax.pipeline_state import PipelineState, Training
 from pdjax.planner import Plan
 from pdjax.prepare import Prepared, profile_model
 from pdjax.profile import Profile
 from pdjax.runtime import recorder as recording
-from pdjax.runtime.executor import Executor
 from pdjax.runtime.placed import Values
-from pdjax.runtime.state import Run
 from pdjax.schedules import Schedule
 from pdjax.settings import Settings
 from pdjax.simulator import Comparison, simulate
@@ -51,66 +47,6 @@ _log = logging.getLogger("pdjax")
 
 Metrics = dict[str, Any]
 """``"loss"`` and what else the loss function reports, as arrays that become ready later."""
-
-
-@dataclass(eq=False)
-class _Training:
-    """What all states that descend from one `Pipeline.init` share.
-
-    Attributes:
-        prepared: all that was traced and compiled.
-        param_origins: where each parameter came from.
-        model_state_origins: where each leaf of the mutable state came from.
-        losses: the losses that were not looked at yet, with their steps.
-        broken: what went wrong, if something did.
-    """
-
-    prepared: Prepared
-    param_origins: Any
-    model_state_origins: Any
-    losses: deque[tuple[int, Any]] = field(default_factory=deque)
-    broken: str | None = None
-
-
-class PipelineState:
-    """Everything that training changes: weights, optimizer state, what is in flight.
-
-    Made by `Pipeline.init`, passed on by `Pipeline.step` and `Pipeline.drain`. Each may be given
-    to one of these once: a step reuses the memory of the state that it is given.
-
-    Attributes:
-        step: number of minibatches handed over so far.
-    """
-
-    def __init__(self, owner: Pipeline, training: _Training, run: Run, step: int) -> None:
-        self.step = step
-        self._owner = owner
-        self._training = training
-        self._run: Run | None = run
-
-    @property
-    def run(self) -> Run:
-        """What the executor holds.
-
-        Raises:
-            ValueError: if the state was used before.
-        """
-        if self._run is None:
-            raise ValueError(
-                f"this state (step {self.step}) was used before, and the step that used it "
-                "reused its memory. Go on with the state that it returned: "
-                "state, metrics = pipe.step(state, batch)."
-            )
-        return self._run
-
-    @property
-    def executor(self) -> Executor:
-        """What dispatches the steps; its `observer` is told of every program."""
-        return self._training.prepared.executor
-
-    def __repr__(self) -> str:
-        used = "" if self._run else ", used"
-        return f"PipelineState(step={self.step}{used})"
 
 
 class Pipeline:
@@ -257,7 +193,7 @@ class Pipeline:
             run_ahead=run_ahead,
             nonfinite=one_of("nonfinite", nonfinite, ("raise", "ignore")),
         )
-        self._latest: _Training | None = None
+        self._latest: Training | None = None
         self._timeline: Timeline | None = None
         if run_ahead is not None and run_ahead < 1:
             raise ValueError(f"run_ahead={run_ahead}; expected at least 1 step.")
@@ -288,10 +224,16 @@ class Pipeline:
         rng = jax.random.key(0) if rng is None else rng
         check_rng(rng)
         prepared = Prepared(self._settings, params, batch, model_state, rng)
-        training = _Training(prepared, origins_of(params), origins_of(model_state))
+        training = Training(
+            owner=self,
+            prepared=prepared,
+            param_origins=origins_of(params),
+            model_state_origins=origins_of(model_state),
+            raises=self._settings.nonfinite == "raise",
+        )
         self._latest = training
         _log.info("schedule %s\n%s", self.schedule.name, self.plan)
-        return PipelineState(self, training, prepared.start(params, model_state), 0)
+        return PipelineState(training, prepared.start(params, model_state), 0)
 
     def step(self, state: PipelineState, batch: Any) -> tuple[PipelineState, Metrics]:
         """Hands over one minibatch and returns without waiting for it.
@@ -316,16 +258,16 @@ class Pipeline:
             ClusterError: if another process has ended that does not make this call.
         """
         training = self._training_of(state)
-        self._check_losses(training, at_most=self._allowed_ahead - 1)
+        training.check_losses(at_most=self._allowed_ahead - 1)
         feed = training.prepared.feed(state.run, batch)
         with (
-            _together(training, "step"),
-            _breaking_on_errors(training, state.step, BaseException),
+            training.together("step"),
+            training.breaking_on(BaseException, state.step),
         ):
-            run = self._take(state)
+            run = state.take()
             loss, metrics = training.prepared.executor.step(run, feed)
             training.losses.append((state.step, loss))
-            new_state = PipelineState(self, training, run, state.step + 1)
+            new_state = PipelineState(training, run, state.step + 1)
         return new_state, _as_metrics(loss, metrics, feed.passes.split.traced.metrics_tree)
 
     def drain(self, state: PipelineState) -> PipelineState:
@@ -342,14 +284,14 @@ class Pipeline:
             ClusterError: if another process has ended that does not make this call.
         """
         training = self._training_of(state)
-        self._check_losses(training, at_most=0)
+        training.check_losses(at_most=0)
         # With a flush in every step nothing is in flight, and nobody is waited for.
         prepared = training.prepared
-        together = nullcontext() if prepared.schedule.flushes else _together(training, "drain")
-        with together, _breaking_on_errors(training, state.step, BaseException):
-            run = self._take(state)
+        together = nullcontext() if prepared.schedule.flushes else training.together("drain")
+        with together, training.breaking_on(BaseException, state.step):
+            run = state.take()
             prepared.executor.drain(run)
-            return PipelineState(self, training, run, state.step)
+            return PipelineState(training, run, state.step)
 
     def evaluate(self, state: PipelineState, batch: Any, *, num_microbatches: int = 1) -> Metrics:
         """Computes the loss and the metrics of a batch of any size, forward only.
@@ -372,7 +314,7 @@ class Pipeline:
         if num_microbatches < 1:
             raise ValueError(f"num_microbatches={num_microbatches}; expected at least 1.")
         training = self._training_of(state)
-        with _together(training, "evaluate"):
+        with training.together("evaluate"):
             return _as_metrics(*training.prepared.evaluate(state.run, batch, num_microbatches))
 
     # -------- planning
@@ -429,8 +371,8 @@ class Pipeline:
             ClusterError: if another process has ended that does not make this call.
         """
         training = self._training_of(state)
-        self._check_losses(training, at_most=0)
-        with _together(training, "params"), _breaking_on_errors(training, state.step, Exception):
+        training.check_losses(at_most=0)
+        with training.together("params"), training.breaking_on(Exception, state.step):
             weights = training.prepared.weights.everywhere(state.run)
             return gather(training.param_origins, weights)
 
@@ -443,8 +385,8 @@ class Pipeline:
         """
         training = self._training_of(state)
         with (
-            _together(training, "model_state"),
-            _breaking_on_errors(training, state.step, Exception),
+            training.together("model_state"),
+            training.breaking_on(Exception, state.step),
         ):
             model = training.prepared.model.everywhere(state.run)
             return gather(training.model_state_origins, model)
@@ -567,12 +509,12 @@ class Pipeline:
         # Fewer cost time where steps are short: the thread sleeps for each loss, and wakes late.
         return 8 if self.schedule.flushes else 8 + self.schedule.num_stages
 
-    def _last_training(self) -> _Training:
+    def _last_training(self) -> Training:
         if self._latest is None:
             raise ValueError("call Pipeline.init(params, batch) before anything else.")
         return self._latest
 
-    def _training_of(self, state: PipelineState) -> _Training:
+    def _training_of(self, state: PipelineState) -> Training:
         """What `state` belongs to, if it can be used."""
         self._last_training()
         if not isinstance(state, PipelineState):
@@ -580,70 +522,15 @@ class Pipeline:
                 f"got a {type(state).__name__} in the place of the state; expected what init "
                 "returned, or the first of the two values that step returned."
             )
-        if state._owner is not self:
+        if state.training.owner is not self:
             raise ValueError("this state belongs to another Pipeline.")
-        if state._training.broken is not None:
+        if state.training.broken is not None:
             raise BrokenPipelineError(
-                f"this Pipeline is broken: {state._training.broken}\nCall init again, with "
+                f"this Pipeline is broken: {state.training.broken}\nCall init again, with "
                 "parameters from before the failure."
             )
         _ = state.run
-        return state._training
-
-    def _take(self, state: PipelineState) -> Run:
-        run, state._run = state.run, None
-        return run
-
-    def _check_losses(self, training: _Training, at_most: int) -> None:
-        """Looks at the losses that are there, and waits until `at_most` are outstanding.
-
-        Several processes look at the same ones only, so that all stop at the same step.
-        """
-        losses, peers = training.losses, training.prepared.peers
-        while losses and (len(losses) > at_most or (peers is None and losses[0][1].is_ready())):
-            step, loss = losses[0]
-            with _breaking_on_errors(training, step, Exception):
-                value = loss.item()
-            losses.popleft()
-            if self._settings.nonfinite == "raise" and not math.isfinite(value):
-                losses.clear()  # said once; what came after it is no news
-                raise NonFiniteLossError(
-                    f"the loss of step {step} (counted from 0) is {value}. Lower the learning "
-                    "rate or clip the gradients; look for a log or a division that can meet "
-                    "zero; or pass nonfinite='ignore' to go on regardless."
-                )
-            if peers is not None:
-                peers.completed(step + 1)
-        if peers is not None:
-            for step in [step for step, loss in losses if loss.is_ready()][-1:]:
-                peers.completed(step + 1)
-
-
-def _together(training: _Training, call: str) -> AbstractContextManager[None]:
-    """Surrounds a call that all processes of the training must make.
-
-    Raises:
-        ClusterError: if one of them has ended without it.
-    """
-    peers = training.prepared.peers
-    return nullcontext() if peers is None else peers.taking_part(call)
-
-
-@contextmanager
-def _breaking_on_errors(
-    training: _Training, step: int, kinds: type[BaseException]
-) -> Iterator[None]:
-    """Marks the training as broken if what it holds may be half done or poisoned.
-
-    An interrupt breaks what it interrupts while that is being dispatched, but not a mere wait.
-    """
-    try:
-        yield
-    except kinds as error:
-        training.broken = f"step {step} failed with {type(error).__name__}: {error}"
-        if not isinstance(error, Exception):
-            raise
-        raise BrokenPipelineError(training.broken) from error
+        return state.training
 
 
 def _as_metrics(loss: Any, leaves: Values, tree: Any) -> Metrics:

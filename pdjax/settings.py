@@ -58,12 +58,8 @@ class Settings:
         return replace(self, plan=plan, num_stages=plan.num_stages)
 
     def for_processes(self, several: bool) -> Settings:
-        """The settings with whether an automatic plan is straight, if nobody said so.
-
-        Devices of one process share its memory, and on a CPU its cores, so that replicas bring
-        little there. Those of several processes are usually on several hosts.
-        """
-        return self if self.straight is not None else replace(self, straight=not several)
+        """The settings with whether an automatic plan is straight, also if nobody said so."""
+        return replace(self, straight=is_straight(self.straight, several))
 
     def for_batch(self, batch_size: int) -> Settings:
         """The settings with the number of microbatches, for minibatches of `batch_size`."""
@@ -122,3 +118,16 @@ def make_schedule(settings: Settings) -> tuple[Schedule, WeightRule]:
         rule = settings.weight_rule or usual
     validate(schedule, rule)
     return schedule, rule
+
+
+def is_straight(told: bool | None, several: bool) -> bool:
+    """Whether an automatic plan must not replicate stages.
+
+    Devices of one process share its memory, and on a CPU its cores, so that replicas bring little
+    there. Those of several processes are usually on several hosts.
+
+    Args:
+        told: what the user said, if anything.
+        several: whether there are several processes.
+    """
+    return not several if told is None else told

@@ -19,7 +19,8 @@ from pdjax.command import print_error, run_command
 from pdjax.config import TrainConfig
 from pdjax.errors import ClusterError
 from pdjax.planner import Plan
-from pdjax.schedules import Schedule
+from pdjax.schedules import Schedule, find_algorithm
+from pdjax.settings import is_straight
 from pdjax.topology import Topology
 from pdjax.training.baseline import SingleDevice
 from pdjax.training.loop import Speed, TrainingLoop, evaluate
@@ -69,7 +70,7 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     num_processes = peers.num_processes if peers else 1
     together = num_processes > 1
     usual = max(_NUM_DEVICES, num_processes)
-    straight = not together if config.straight is None else config.straight
+    straight = is_straight(config.straight, together)
     num_stages = _num_stages(config, plan, schedule, usual * chunks, straight)
     num_devices = _num_devices(config, plan, schedule, usual, chunks)
     make_devices(-(-num_devices // num_processes))
@@ -148,8 +149,8 @@ def _num_stages(
     A plan that may replicate stages does: with a stage for each device none would be left for it.
     """
     told = isinstance(plan, (Plan, tuple)) or isinstance(schedule, Schedule) or schedule == AUTO
-    told = told or (plan == AUTO and not straight)
-    if told or config.num_stages is not None:
+    replicates = not told and plan == AUTO and not straight and find_algorithm(schedule).replicates
+    if told or replicates or config.num_stages is not None:
         return config.num_stages
     return usual
 
@@ -270,4 +271,5 @@ def _report(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()  # first: it replaces sys.exit, so that the other processes hear of the code
+    sys.exit(code)

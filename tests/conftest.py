@@ -6,6 +6,7 @@ import tempfile
 
 import jax
 import pytest
+import zoo
 
 from pdjax import arguments
 
@@ -29,6 +30,13 @@ def planned_without_a_clock(monkeypatch):
     Tests of what users get by default say ``plan="auto"``.
     """
     monkeypatch.setattr(arguments, "DEFAULT_PLAN", "balanced")
+
+
+@pytest.fixture
+def compiled_quickly():
+    """For tests of large models."""
+    with zoo.compiled_quickly():
+        yield
 
 
 @pytest.fixture

@@ -98,6 +98,13 @@ def test_2bw_equals_the_replay_oracle(name, num_stages, num_microbatches, optimi
 
 def check_against_the_oracle(name, schedule, num_stages, num_microbatches, optimizer, drains):
     """Trains with some drains, and compares with the oracle."""
+    with zoo.compiled_quickly(name in zoo.LARGE):
+        return compare_with_the_oracle(
+            name, schedule, num_stages, num_microbatches, optimizer, drains
+        )
+
+
+def compare_with_the_oracle(name, schedule, num_stages, num_microbatches, optimizer, drains):
     case = case_of(name)
     size = zoo.MICROBATCH * num_microbatches
     batches = [case.make_batch(size, seed) for seed in range(STEPS)]

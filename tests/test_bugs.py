@@ -230,10 +230,10 @@ def test_an_interrupt_while_waiting_leaves_the_state_usable(moment, monkeypatch)
         def item(self):
             raise KeyboardInterrupt
 
-    state._training.losses[0] = (0, Interrupting())
+    state.training.losses[0] = (0, Interrupting())
     with pytest.raises(KeyboardInterrupt):
         pipe.step(state, BATCH) if moment == "step" else pipe.params(state)
-    state._training.losses.clear()
+    state.training.losses.clear()
     assert np.isfinite(pipe.params(state)["w0"]).all()
     pipe.step(state, BATCH)
 

@@ -479,6 +479,7 @@ def test_state_that_two_stages_write_changes_in_order(schedule, num_stages):
     )
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_state_once_a_minibatch():
     """The mean over microbatches of what each makes of the statistics before the minibatch."""
     case = zoo.vgg(batch_norm=True)

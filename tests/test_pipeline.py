@@ -210,6 +210,7 @@ def test_evaluation_between_steps_changes_nothing(schedule):
     chex.assert_trees_all_equal(run(True), run(False))
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize("size", [1, 4, 7])
 def test_evaluation_at_any_batch_size_with_another_function(size):
     train, test = zoo.transformer(dropout=0.5), zoo.transformer(train=False, dropout=0.5)
@@ -219,6 +220,7 @@ def test_evaluation_at_any_batch_size_with_another_function(size):
     chex.assert_trees_all_close(got, test.loss_fn(train.params, batch, KEY), rtol=1e-5)
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_evaluation_reads_the_moving_averages():
     train, test = zoo.vgg(batch_norm=True), zoo.vgg(batch_norm=True, train=False)
     batch = train.make_batch(4, 0)
@@ -264,6 +266,7 @@ def test_stage_of_parameters_has_their_structure_and_tuples_where_tied():
 # ---------------------------------------------------------------- other shapes
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize("schedule", ["one_f_one_b", "pipedream"])
 def test_a_new_batch_shape_is_traced_again_and_said_once(schedule, caplog):
     case = zoo.transformer()

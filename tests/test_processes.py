@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import trainings
+import zoo
 
 import pdjax
 from pdjax import joint_topology
-from pdjax.runtime import remote, wires
+from pdjax.runtime import wires
 from pdjax.runtime.holdings import Holdings
 from pdjax.runtime.places import Places
 from pdjax.topology import Level
@@ -38,11 +39,8 @@ CACHE = {
 @pytest.fixture
 def compiled_as_in_programs() -> Iterator[None]:
     """In float64, and compiled quickly: in several processes everything is compiled anew."""
-    name = "jax_disable_most_optimizations"
-    jax.config.update(name, True)
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), zoo.compiled_quickly():
         yield
-    jax.config.update(name, False)
 
 
 def launch(program: str, num_processes: int, *arguments: str) -> tuple[int, str]:
@@ -189,50 +187,6 @@ def test_topology_of_several_processes(owners, memory, expected, monkeypatch):
     devices = [SimpleNamespace(process_index=owner) for owner in owners]
     peers: Any = Both()
     assert str(joint_topology.joint_topology(devices, peers)) == expected
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ("device_put", r"devices of this process \(cpu\) cannot send .* Set it to 'transfer'"),
-        ("pigeon", "PDJAX_TRANSPORT='pigeon' in the environment; expected 'device_put' or"),
-    ],
-)
-def test_a_way_to_travel_that_is_not_there(value, message, monkeypatch):
-    monkeypatch.setenv(wires.VARIABLE, value)
-    peers: Any = SimpleNamespace(exchange=None)  # it is refused before anybody is asked
-    with pytest.raises(ValueError, match=message):
-        wires.find_wire([], peers, 0)
-
-
-class Slow:
-    """An array that is on its way until it is told to have come."""
-
-    def __init__(self):
-        self.has_come, self.was_awaited = False, False
-
-    def is_ready(self):
-        return self.has_come
-
-    def is_deleted(self):
-        return False
-
-    def block_until_ready(self):
-        self.was_awaited = True
-
-
-def test_what_is_on_its_way_is_awaited_and_nothing_else_is_held():
-    arrivals, first, second, third = remote.Arrivals(), Slow(), Slow(), Slow()
-    gone = jax.device_put(1.0)
-    gone.delete()
-    arrivals.add(cast(Any, [first, second]))
-    second.has_come = True
-    arrivals.add(cast(Any, [third, gone]))
-    arrivals.wait()
-    assert [one.was_awaited for one in (first, second, third)] == [True, False, True]
-    first.was_awaited = False
-    arrivals.wait()
-    assert not first.was_awaited
 
 
 def test_what_is_sent_to_be_evaluated_is_a_copy():

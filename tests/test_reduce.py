@@ -104,6 +104,21 @@ def test_arrays_of_several_types_go_around_together():
             np.testing.assert_allclose(np.asarray(sums[at], np.float32), expected, atol=5e-3)
 
 
+def test_all_send_as_many_bytes_whatever_the_types():
+    places, _ = parts_on(3)
+    shapes = [jax.ShapeDtypeStruct((30,), dtype) for dtype in (jnp.bfloat16, jnp.float32)]
+    sent = []
+
+    class Counting(LocalTransport):
+        def move(self, values, shapes, source, target):
+            sent.append(sum(value.nbytes for value in values))
+            return super().move(values, shapes, source, target)
+
+    replicas = Replicas(range(3), places, Counting(3))
+    RingReduce(replicas, shapes)([tuple(jnp.zeros(s.shape, s.dtype) for s in shapes)] * 3)
+    assert sent == [60] * 12  # a third of 180, in four turns
+
+
 def test_arrays_may_be_cut_before_others_are_summed_up():
     places, parts = parts_on(3)
     _, others = parts_on(3)

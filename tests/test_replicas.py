@@ -200,7 +200,7 @@ def test_what_is_sent_and_held_is_what_is_simulated(name, replicas):
     timeline = pipe.simulate(pdjax.Profile(layers), num_minibatches=steps)
     counts = pipe.counts(state)
     assert counts.link_bytes == timeline.link_bytes
-    costs = state._training.prepared.stage_costs(pdjax.Profile(layers))
+    costs = state.training.prepared.stage_costs(pdjax.Profile(layers))
     rule = pdjax.STASH if name == "pipedream" else pdjax.LATEST
     assert counts.peak_bytes == peak_bytes(schedule, costs, rule)
 

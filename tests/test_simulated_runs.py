@@ -72,7 +72,7 @@ def test_what_is_done_is_what_was_planned_and_simulated(name, num_workers, num_m
         assert spans == list(map(tuple, actions))
     counts = pipe.counts(state)
     assert counts.link_bytes == timeline.link_bytes
-    costs = state._training.prepared.stage_costs(flat_profile(pipe.plan))
+    costs = state.training.prepared.stage_costs(flat_profile(pipe.plan))
     for stage, actions in enumerate(counts.actions):
         expected = [a.kind for worker in planned for a in worker if a.stage == stage]
         assert actions == {kind: expected.count(kind) for kind in sorted(set(expected))}
@@ -137,7 +137,7 @@ def test_a_simulation_knows_what_is_recomputed(name):
 def test_a_stage_may_recompute_and_another_not():
     pipe, state, _ = run("one_f_one_b", 2, 3, remat=("full", "none"))
     profile = flat_profile(pipe.plan)
-    first, second = state._training.prepared.stage_costs(profile)
+    first, second = state.training.prepared.stage_costs(profile)
     assert first.backward_s == 3 * first.forward_s
     assert second.backward_s == 2 * second.forward_s
     sent = {pair: size / STEPS for pair, size in pipe.counts(state).link_bytes.items()}
@@ -172,7 +172,7 @@ def test_the_parts_of_a_backward_pass_share_its_time_by_their_work():
     )
     state = pipe.init(transformer.params, transformer.make_batch(4, 0))
     profile = flat_profile(pipe.plan)
-    first, attention, dense = state._training.prepared.stage_costs(profile)
+    first, attention, dense = state.training.prepared.stage_costs(profile)
     for cost in (first, attention, dense):
         assert cost.input_part_s + cost.weight_part_s == pytest.approx(cost.backward_s)
     assert first.input_s == first.weight_s  # nobody divides it

@@ -68,7 +68,7 @@ def expected(model: str, num_microbatches: int) -> tuple[Any, list[Any], Any]:
 )
 @pytest.mark.parametrize("schedule", SYNCHRONOUS)
 def test_equals_one_device(model, schedule, num_workers, num_microbatches):
-    with jax.enable_x64(model == DOUBLE):
+    with jax.enable_x64(model == DOUBLE), zoo.compiled_quickly(model in zoo.LARGE):
         compare_with_one_device(model, schedule, num_workers, num_microbatches)
 
 

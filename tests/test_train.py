@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -29,6 +30,7 @@ SMALL = {
     "vgg16": ("width_multiplier=0.03", "dense_width=8", "dropout=0.0"),
     "vgg16_bn": ("width_multiplier=0.03", "dense_width=8", "dropout=0.0"),
 }
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 TEXT = "the quick brown fox jumps over the lazy dog. " * 200
 
 
@@ -146,18 +148,21 @@ def test_data_has_a_digest(source):
 
 
 @pytest.mark.parametrize(
-    ("plan", "straight", "several", "expected"),
+    ("plan", "schedule", "straight", "several", "expected"),
     [
-        ("auto", None, False, 2),
-        ("auto", None, True, None),
-        ("auto", True, True, 2),
-        ("auto", False, False, None),
-        ("balanced", None, True, 2),
-        ("balanced", False, True, 2),
-        (("block_1",), None, True, None),
+        ("auto", "one_f_one_b", None, False, 2),
+        ("auto", "one_f_one_b", None, True, None),
+        ("auto", "pipedream", None, True, None),
+        ("auto", "gpipe", None, True, 2),
+        ("auto", "interleaved", None, True, 4),
+        ("auto", "one_f_one_b", True, True, 2),
+        ("auto", "one_f_one_b", False, False, None),
+        ("balanced", "one_f_one_b", None, True, 2),
+        ("balanced", "one_f_one_b", False, True, 2),
+        (("block_1",), "one_f_one_b", None, True, None),
     ],
 )
-def test_stages_that_are_asked_for(monkeypatch, plan, straight, several, expected):
+def test_stages_that_are_asked_for(monkeypatch, plan, schedule, straight, several, expected):
     """None where they are the planner's to choose, so that it may replicate them."""
 
     def make_pipeline(config, task, optimizer, schedule, plan, num_stages):
@@ -168,7 +173,8 @@ def test_stages_that_are_asked_for(monkeypatch, plan, straight, several, expecte
     monkeypatch.setattr(distributed, "current", lambda: peers if several else None)
     monkeypatch.setattr("pdjax.train._make_pipeline", make_pipeline)
     named: Any = {"cuts": plan} if isinstance(plan, tuple) else {"plan": plan}
-    config = TrainConfig(model="mlp", model_fields=SMALL["mlp"], straight=straight, **named)
+    named |= {"model": "mlp", "model_fields": SMALL["mlp"], "schedule": schedule}
+    config = TrainConfig(straight=straight, **named)
     with pytest.raises(StopIteration) as stopped:
         train(config, Console(file=io.StringIO()))
     given, num_stages, params = stopped.value.args
@@ -187,7 +193,7 @@ def test_several_processes_train_as_one_does(tmp_path, text_file):
         output = tmp_path / name
         done = subprocess.run(
             [sys.executable, *launcher, "-m", "pdjax.train", *arguments, "--output", str(output)],
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
             capture_output=True,
             text=True,
             timeout=300,
@@ -197,6 +203,25 @@ def test_several_processes_train_as_one_does(tmp_path, text_file):
         summary = json.loads((output / "summary.json").read_text())
         found.append({key: summary[key] for key in ("initial_loss", "final_loss", "eval_loss")})
     assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_bad_input_on_one_host_is_heard_of_on_the_other(tmp_path, text_file):
+    """With the exit code, though it is not an exception."""
+    script = "import os, sys; file = sys.argv[1 + int(os.environ['PDJAX_PROCESS_ID'])]; "
+    script += "os.execv(sys.executable, [sys.executable, '-m', 'pdjax.train', '--data', file])"
+    files = [str(text_file), str(tmp_path / "missing.txt")]
+    options = ["--num-processes", "2", "--no-pin", "--grace-s", "20", "--"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pdjax.launch", *options, sys.executable, "-c", script, *files],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    said = done.stdout + done.stderr
+    assert re.search(r"^\[1\] .*missing\.txt", said, re.M), said
+    assert re.search(r"^\[0\] error: process 1 .*failed: ended with exit code 2", said, re.M), said
 
 
 def test_cuts_by_hand(tmp_path, text_file):

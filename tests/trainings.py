@@ -417,6 +417,9 @@ MIXED = _of(
     zero_bubble_v=Training(  # processes come to what all are told in different turns
         schedules.zero_bubble_v(4, 3), knotted, CLIPPED, (2, 2), options=WEIGHTED, order=(0, 2)
     ),
+    weighted=Training(  # between one and another process's updates a cotangent crosses
+        schedules.one_f_one_b(4, 3), knotted, sizes=(2, 2), options=WEIGHTED, order=(0, 2, 1, 3)
+    ),
     first_replicated=Training(
         schedules.pipedream(2, replicas=(2, 1)), dense, sizes=(2,) * 5, order=(1, 3, 0)
     ),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -157,6 +158,21 @@ MODELS: dict[str, Callable[..., Case]] = {
     "vgg16_bn": functools.partial(vgg, batch_norm=True),
 }
 """The models of `pdjax.models`, small. A new model takes one row."""
+
+
+LARGE = ("transformer", "vgg16", "vgg16_bn")
+"""Those that take long to compile."""
+
+
+@contextmanager
+def compiled_quickly(quickly: bool = True) -> Iterator[None]:
+    """What is compiled inside is hardly optimised: that takes most of a test of a large model."""
+    name = "jax_disable_most_optimizations"
+    jax.config.update(name, quickly)
+    try:
+        yield
+    finally:
+        jax.config.update(name, False)
 
 
 def graph_of(case: Case, batch_size: int, rng: jax.Array) -> LayerGraph:

@@ -14,7 +14,12 @@ COLOURS = {
     "GPipe": "#5aae61",
     "model parallel": "#878787",
 }
-TITLES = {"vgg16": "VGG-16", "lstm": "LSTM language model", "convolutions": "VGG-16, narrow"}
+TITLES = {
+    "vgg16": "VGG-16",
+    "lstm": "LSTM language model",
+    "convolutions": "VGG-16, narrow",
+    "resnet20": "ResNet-20",
+}
 
 
 def points(results, system):

@@ -1,6 +1,7 @@
 """What is trained: VGG-16, and a stacked LSTM with a large vocabulary.
 
-Beside them VGG-16 without its wide layers, on larger batches: it computes much for each weight.
+Beside them two that compute much for each weight, on larger batches: VGG-16 without its wide
+layers, and a residual network, whose activations are large, too.
 """
 
 from typing import Any
@@ -14,8 +15,39 @@ import optax
 from pdjax.models import VGG16
 
 VOCABULARY, WIDTH, NUM_LSTMS, SEQUENCE = 8192, 512, 4, 16
-BATCH_SIZE = {"vgg16": 8, "lstm": 16, "convolutions": 32}
+BATCH_SIZE = {"vgg16": 8, "lstm": 16, "convolutions": 32, "resnet20": 32}
 """Examples that a worker takes at a time."""
+
+
+class ResNet20(nn.Module):
+    """The network of He et al. (2016), section 4.2, for small images: 0.27 million weights.
+
+    With GroupNorm, since what hosts share of BatchNorm would be another matter.
+    """
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        del train
+        x = nn.relu(nn.GroupNorm(4)(nn.Conv(16, (3, 3))(x)))
+        for width, stride in ((16, 1), (32, 2), (64, 2)):
+            for number in range(3):
+                x = ResidualBlock(width, stride if number == 0 else 1)(x)
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions, and around them what came in."""
+
+    width: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.relu(nn.GroupNorm(4)(nn.Conv(self.width, (3, 3), self.stride)(x)))
+        y = nn.GroupNorm(4)(nn.Conv(self.width, (3, 3))(y))
+        if y.shape != x.shape:
+            x = nn.Conv(self.width, (1, 1), self.stride)(x)
+        return nn.relu(x + y)
 
 
 class StackedLSTM(nn.Module):
@@ -30,16 +62,22 @@ class StackedLSTM(nn.Module):
         return nn.Dense(VOCABULARY, name="head")(x)
 
 
+MODELS: dict[str, nn.Module] = {
+    "vgg16": VGG16(num_classes=10, dropout=0.0, dense_width=4096),
+    "convolutions": VGG16(num_classes=10, dropout=0.0, dense_width=512),
+    "resnet20": ResNet20(),
+    "lstm": StackedLSTM(),
+}
+
+
 def make_model(name, batch_size):
     """The loss function, a function that makes the parameters, and a batch."""
     rng = np.random.default_rng(0)
-    if name in ("vgg16", "convolutions"):
-        width = 4096 if name == "vgg16" else 512
-        model = VGG16(num_classes=10, dropout=0.0, dense_width=width)
+    model = MODELS[name]
+    if name != "lstm":
         x = rng.normal(size=(batch_size, 32, 32, 3)).astype(np.float32)
         y = rng.integers(10, size=batch_size)
     else:
-        model = StackedLSTM()
         x = rng.integers(VOCABULARY, size=(batch_size, SEQUENCE)).astype(np.int32)
         y = rng.integers(VOCABULARY, size=(batch_size, SEQUENCE))
 

@@ -2,8 +2,9 @@
 
 Python tells nobody at exit whether the program succeeded, so an uncaught exception is noted by
 `sys.excepthook`, and the code of `sys.exit` by a wrapper around it. What remains unseen is a bare
-``raise SystemExit(3)``: the others take it for a good end, unless they go on to a call for which
-they need this process.
+``raise SystemExit(3)``, and ``sys.exit(main())`` where it is `main` that calls `initialize`, since
+Python looks `sys.exit` up before: the others take it for a good end, unless they go on to a call
+for which they need this process.
 """
 
 from __future__ import annotations

@@ -95,6 +95,11 @@ def initialize(
     `jax.distributed.initialize` before. JAX then speaks to its coordinator directly, and if process
     0 is killed its abort from C++ may come before the message.)
 
+    Set JAX's options for the whole process (`jax.config.update`): those of a ``with`` hold for one
+    thread, and on CPUs another one dispatches the updates of replicated stages. Call `sys.exit`
+    with a code that is known already, ``code = main(); sys.exit(code)``, if `main` calls this
+    function: only what replaces `sys.exit` hears of the code.
+
     Args:
         coordinator: HOST:PORT at which all others reach process 0; the port must be free there.
         num_processes: how many processes there are.

@@ -38,7 +38,9 @@ class PlanOptions:
             or ``"auto"`` (that, where memory would not suffice).
         optimizer_bytes_per_param_byte: size of the optimizer state: 2 for Adam, 0 for plain SGD.
         together: ranges of layers (first, last) that stay in one stage.
-        overlap: whether computing and communicating overlap, so that the longer one counts.
+        overlap: whether passes and the all-reduce among replicas overlap, so that the longer one
+            counts, as where updates are a round late (`pipedream` with ``update_lag=1``); otherwise
+            an update waits for the all-reduce, and the next pass for the update.
         sync: what an all-reduce is taken to send; see `CostForm`.
     """
 
@@ -49,7 +51,7 @@ class PlanOptions:
     remat: Literal["auto", "none", "full"] = "auto"
     optimizer_bytes_per_param_byte: float = 2.0
     together: tuple[tuple[int, int], ...] = ()
-    overlap: bool = True
+    overlap: bool = False
     sync: Sync = "ring"
 
     def __post_init__(self) -> None:

@@ -259,10 +259,10 @@ class Executor:
         return made
 
     def _update(self, step: Step, place: int, microbatch: int) -> Any:
-        if self._aside is not None and self.places.stage_of[place] in self._reduces:
-            # It waits for the dispatch only.
-            return self._aside.submit(self._update_now, step, place, microbatch).result()
-        return self._update_now(step, place, microbatch)
+        if self._aside is None or self._ring_of(self.places.stage_of[place]) is None:
+            return self._update_now(step, place, microbatch)
+        # It waits for the dispatch only.
+        return self._aside.submit(self._update_now, step, place, microbatch).result()
 
     def _update_now(self, step: Step, place: int, microbatch: int) -> Any:
         state, stage = step.run.stages[place], self.places.stage_of[place]
@@ -283,8 +283,8 @@ class Executor:
     def _begin_reduce(self, run: Run, place: int, microbatch: int) -> None:
         """Cuts the gradients of a replica for the way, if those of all its microbatches are in."""
         stage, update = self.places.stage_of[place], self._update_of(run, place, microbatch)
-        reduce = self._reduces[stage][0] if stage in self._reduces else None
-        if not isinstance(reduce, RingReduce):
+        ring = self._ring_of(stage)
+        if ring is None:
             return
         state, first = run.stages[place], run.start + update * self._sizes[place]
         state.summed[update] += 1
@@ -292,7 +292,12 @@ class Executor:
         if state.summed[update] == sum(self.places.pick(stage, turn) == place for turn in turns):
             sums, at = state.gradients[update], place - self.places.of_stage(stage)[0]
             assert sums is not None
-            state.gradients[update] = reduce.begin(at, sums)
+            state.gradients[update] = ring.begin(at, sums)
+
+    def _ring_of(self, stage: int) -> RingReduce | None:
+        """What sums the gradients of a stage's replicas, if it is made of transfers."""
+        reduce = self._reduces[stage][0] if stage in self._reduces else None
+        return reduce if isinstance(reduce, RingReduce) else None
 
     def _reduce(self, run: Run, stage: int, update: int) -> None:
         """Sums the gradients of a stage's replicas, and averages their mutable state."""

@@ -178,7 +178,8 @@ class Passes:
         if kind == "W":
             return False
         stage = self.places.stage_of[place]
-        if kind == "U" and updates[place].num_phases > 1:
+        # Before an update whose gradients have a weight all are told it, in one order.
+        if kind == "U" and (updates[place].num_phases > 1 or self.results.weighted):
             return True
         routes = self.routes[stage]
         getting = [stage] if kind == "U" else [*routes.forward, *routes.backward]

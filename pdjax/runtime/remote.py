@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -28,16 +28,17 @@ class Arrivals:
     """
 
     def __init__(self) -> None:
-        self._expected: list[jax.Array] = []
+        self._expected: deque[jax.Array] = deque()
 
     def add(self, values: Sequence[jax.Array]) -> None:
-        """Notes what was asked for; forgets what has come."""
-        self._expected = [value for value in self._expected if not _has_come(value)]
+        """Notes what was asked for; forgets what has come, up to the first that has not."""
+        while self._expected and _has_come(self._expected[0]):
+            self._expected.popleft()
         self._expected.extend(values)
 
     def wait(self) -> None:
         """Returns when everything has come."""
-        expected, self._expected = self._expected, []
+        expected, self._expected = self._expected, deque()
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # others will say what is lost
             jax.block_until_ready([value for value in expected if not value.is_deleted()])
 

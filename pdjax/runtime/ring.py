@@ -170,7 +170,7 @@ class _Part(NamedTuple):
 
 
 class _Layout:
-    """How arrays, one behind the other, are cut into `count` pieces with as many elements.
+    """How arrays, one behind the other, are cut into `count` pieces of as many bytes.
 
     A piece is a tuple of parts of arrays, which nobody has to lay side by side: in one long array
     of all of them XLA would look for the source of every single element.
@@ -178,14 +178,21 @@ class _Layout:
 
     def __init__(self, shapes: Sequence[jax.ShapeDtypeStruct], count: int) -> None:
         self._shapes, self._count = shapes, count
-        ends = list(accumulate((s.size for s in shapes), initial=0))
+        starts = list(accumulate((_num_bytes(s) for s in shapes), initial=0))
+        cuts = [starts[-1] * n // count for n in range(count + 1)]
+
+        def element(at: int, cut: int) -> int:
+            """How many elements of array number `at` come before a cut."""
+            before = min(max(cut - starts[at], 0), _num_bytes(shapes[at]))
+            return before // shapes[at].dtype.itemsize
+
         self._pieces = [
             [
-                _Part(at, max(first, start) - start, min(last, end) - start)
-                for at, (start, end) in enumerate(pairwise(ends))
-                if max(first, start) < min(last, end)
+                _Part(at, element(at, first), element(at, last))
+                for at in range(len(shapes))
+                if element(at, first) < element(at, last)
             ]
-            for first, last in pairwise(ends[-1] * n // count for n in range(count + 1))
+            for first, last in pairwise(cuts)
         ]
         self.piece_shapes = tuple(
             tuple(
@@ -213,5 +220,9 @@ class _Layout:
 
 def ring_bytes(shapes: Sequence[jax.ShapeDtypeStruct], count: int) -> int:
     """What each of `count` replicas sends: 2 (r - 1) / r of the bytes of the arrays."""
-    size = sum(s.size * s.dtype.itemsize for s in shapes)
+    size = sum(map(_num_bytes, shapes))
     return round(2 * (count - 1) / count * size)
+
+
+def _num_bytes(shape: jax.ShapeDtypeStruct) -> int:
+    return shape.size * shape.dtype.itemsize

@@ -7,7 +7,9 @@ asked for as soon as the program that reads it is dispatched, long before that r
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -17,10 +19,12 @@ from jax.experimental import transfer
 from jax.sharding import Sharding
 
 from pdjax.distributed import Peers
+from pdjax.errors import ClusterError
 
 VARIABLE = "PDJAX_TRANSPORT"
 _NUMBER_BITS, _END_BITS = 24, 14
 _GREETING = 2**_NUMBER_BITS - 1
+_GREETING_S = 60.0
 
 
 class End(NamedTuple):
@@ -98,7 +102,10 @@ def _preference(ends: Sequence[End]) -> str:
             "nothing for what the devices support."
         )
     kinds = {device.device_kind for end in ends for device in end.sharding.device_set}
-    return "device_put" if len(kinds) == 1 and _can_put() else "transfer"
+    # The keys of such transfers are the same in two processes only if both take part in all.
+    processes = {end.process for end in ends}
+    simple = len(kinds) == 1 and len(processes) == 2
+    return "device_put" if simple and _can_put() else "transfer"
 
 
 def _can_put() -> bool:
@@ -111,7 +118,9 @@ class DevicePutWire:
     """`jax.device_put` to a device of another process, which GPUs and TPUs support.
 
     Both sides call it: the receiver with an array on the sender's device, of which it has nothing.
-    The calls are matched by their order alone.
+    The calls are matched by their order alone, of all that this process sends and receives. Where
+    there are three processes XLA does not promise that those of two are matched; it is used then
+    only if the environment says so.
 
     Args:
         ends: between which arrays travel.
@@ -161,8 +170,8 @@ class TransferWire:
     def _greet(self, peers: Peers) -> None:
         """Opens the connections between all processes.
 
-        On links that are full the packets that open one get lost again and again, and the kernel
-        waits twice as long before every further try: a first loss may take half a minute to come.
+        Later the links may be full. A packet that opens a connection and is dropped then is sent
+        again after a second, after two more, after four more.
         """
         own, first = peers.process_id, len(self._ends) - peers.num_processes
         others = [process for process in range(peers.num_processes) if process != own]
@@ -171,8 +180,16 @@ class TransferWire:
         for process in others:
             self.send([greeting], Way(first + own, first + process, _GREETING))
         for process in others:
-            [came] = self.receive([shape], Way(first + process, first + own, _GREETING))
-            came.block_until_ready()
+            way = Way(first + process, first + own, _GREETING)
+            try:
+                _within(_GREETING_S, lambda way=way: self.receive([shape], way)[0].item())
+            except (TimeoutError, jax.errors.JaxRuntimeError) as error:
+                raise ClusterError(
+                    f"process {own} got nothing from process {process} on {peers.hosts[process]}, "
+                    f"which offers arrays at {self._addresses[process]}, within {_GREETING_S:g} s "
+                    f"({str(error) or 'silence'}). Every process chooses such a port; does a firewall "
+                    "between the hosts let them through?"
+                ) from error
 
     def send(self, values: Sequence[jax.Array], way: Way) -> None:
         """As `Wire.send`."""
@@ -195,9 +212,40 @@ class TransferWire:
         return name << _NUMBER_BITS | way.number % 2**_NUMBER_BITS
 
 
+def _within(seconds: float, work: Callable[[], Any]) -> None:
+    """Does something that may never return.
+
+    Raises:
+        TimeoutError: if it does not in time.
+    """
+    done: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+            done.set_result(None)
+        except Exception as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    done.result(seconds)
+
+
 @cache
 def _server(address: str) -> Any:
     """The server of this process; there is one for all pipelines."""
     client = jax.local_devices()[0].client
     host = f"[{address}]:0" if ":" in address else f"{address}:0"
-    return transfer.start_transfer_server(client, host, [host])
+    return transfer.start_transfer_server(client, host, [host], **_how_to_copy(client.platform))
+
+
+def _how_to_copy(platform: str) -> dict[str, Any]:
+    """How a server reads arrays that it sends.
+
+    On a CPU it would leave that to the threads that compute, with one core to the only one: what is
+    asked for while a program runs is sent when that has ended. It does so for what is asked for
+    before, too, beyond 8 arrays or parts of arrays at once. With raw buffers it reads by itself.
+    """
+    if platform != "cpu":
+        return {}
+    return {"use_raw_buffers": True, "max_num_parallel_copies": 64, "transfer_size": 2**20}

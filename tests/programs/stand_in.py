@@ -19,7 +19,6 @@ from pdjax.runtime import wires
 
 calls: Counter[str] = Counter()
 _put = jax.device_put
-_numbers: Counter[tuple[int, int]] = Counter()
 
 
 def install(peers: Peers) -> None:
@@ -35,8 +34,7 @@ def install(peers: Peers) -> None:
         assert not options
         (source,), (goal,) = values[0].devices(), target.device_set
         assert all(x.committed and x.devices() == {source} and x.size for x in values)
-        name = source.id << 40 | goal.id << 20 | _numbers[source.id, goal.id]
-        _numbers[source.id, goal.id] += 1
+        name = calls["sent"] + calls["received"]
         if source.process_index == peers.process_id:
             calls["sent"] += 1
             server.await_pull(name, values)
