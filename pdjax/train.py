@@ -148,11 +148,11 @@ def _num_stages(
 
     A plan that may replicate stages does: with a stage for each device none would be left for it.
     """
-    told = isinstance(plan, (Plan, tuple)) or isinstance(schedule, Schedule) or schedule == AUTO
-    replicates = not told and plan == AUTO and not straight and find_algorithm(schedule).replicates
-    if told or replicates or config.num_stages is not None:
+    told = isinstance(plan, (Plan, tuple)) or config.num_stages is not None
+    if told or isinstance(schedule, Schedule) or schedule == AUTO:
         return config.num_stages
-    return usual
+    replicates = plan == AUTO and not straight and find_algorithm(schedule).replicates
+    return None if replicates else usual
 
 
 def _num_devices(

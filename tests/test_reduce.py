@@ -111,7 +111,7 @@ def test_all_send_as_many_bytes_whatever_the_types():
 
     class Counting(LocalTransport):
         def move(self, values, shapes, source, target):
-            sent.append(sum(value.nbytes for value in values))
+            sent.append(sum(value.nbytes for value in values or ()))
             return super().move(values, shapes, source, target)
 
     replicas = Replicas(range(3), places, Counting(3))

@@ -86,7 +86,8 @@ def load(model: str, share: float = 1.0) -> Profile:
 def options(model: str, **more: Any) -> PlanOptions:
     """The paper trains translation with Adam, images with momentum."""
     size = 2.0 if model.startswith("gnmt") else 1.0
-    return PlanOptions(optimizer_bytes_per_param_byte=size, **{"overlap": True} | more)
+    asked: dict[str, Any] = {"overlap": True} | more
+    return PlanOptions(optimizer_bytes_per_param_byte=size, **asked)
 
 
 def plan(row: Row, share: float = 1.0, **more: Any) -> Plan:

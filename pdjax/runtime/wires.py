@@ -184,11 +184,12 @@ class TransferWire:
             try:
                 _within(_GREETING_S, lambda way=way: self.receive([shape], way)[0].item())
             except (TimeoutError, jax.errors.JaxRuntimeError) as error:
+                why = str(error) or "silence"
                 raise ClusterError(
                     f"process {own} got nothing from process {process} on {peers.hosts[process]}, "
                     f"which offers arrays at {self._addresses[process]}, within {_GREETING_S:g} s "
-                    f"({str(error) or 'silence'}). Every process chooses such a port; does a firewall "
-                    "between the hosts let them through?"
+                    f"({why}). Every process chooses such a port; does a firewall between the "
+                    "hosts let them through?"
                 ) from error
 
     def send(self, values: Sequence[jax.Array], way: Way) -> None:
