@@ -17,6 +17,7 @@ COLOURS = {
 TITLES = {
     "vgg16": "VGG-16",
     "lstm": "LSTM language model",
+    "lstm_4": "LSTM language model, 4 layers",
     "convolutions": "VGG-16, narrow",
     "resnet20": "ResNet-20",
 }
