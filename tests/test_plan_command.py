@@ -129,7 +129,8 @@ def test_a_plan_is_run_with_its_replicas(tmp_path, schedule, topology, replicas)
     plan = tmp_path / "plan.json"
     count = 1 if schedule == "pipedream" else 4
     options = {"schedule": schedule, "num_microbatches": count}
-    run(**model, **options, rates="cpu", batch_size=8, topology=topology, output=plan)
+    told = {"rates": "cpu", "batch_size": 8, "topology": topology, "overlap": True}
+    run(**model, **options, **told, output=plan)
     config = TrainConfig(
         **model,
         **options,

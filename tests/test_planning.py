@@ -74,7 +74,8 @@ def test_lstm_layers_want_a_straight_pipeline():
 
 def test_little_weight_and_fast_links_want_data_parallelism():
     rows = [(4e-3, 8e-3, 5e7, 4e5, 1e8)] * 50
-    plan = plan_pipeline(make_profile(rows), Topology.parse("8x2@25GB/s,3GB/s"))
+    topology = Topology.parse("8x2@25GB/s,3GB/s")
+    plan = plan_pipeline(make_profile(rows), topology, PlanOptions(overlap=True))
     assert plan.notation == "16"
     assert "data parallelism on 16 workers" in predicted(plan).advice
 
@@ -113,7 +114,7 @@ def test_without_pipelining_every_microbatch_goes_through_alone():
 def test_replicas_of_a_flushed_stage_share_the_microbatches(num_microbatches, minibatch_s):
     """Each does a whole number of them: of six, two of the four workers do two."""
     profile = make_profile([(1e-3, 2e-3, 1e3, 1, 0)] * 8)
-    options = PlanOptions("one_f_one_b", num_microbatches)
+    options = PlanOptions("one_f_one_b", num_microbatches, overlap=True)
     prediction = predicted(plan_pipeline(profile, Topology.parse("4@10GB/s"), options))
     assert prediction.others[0].name == "data parallelism"
     assert prediction.others[0].microbatch_s * num_microbatches == pytest.approx(minibatch_s)
@@ -267,8 +268,18 @@ def test_the_memory_form_is_what_the_schedule_does(name, num_stages):
 
 def test_the_table():
     profile = make_profile([(1e-3, 2e-3, 1e5, 2**20, 2**20)] * 4, batch_size=10)
-    plan = plan_pipeline(profile, Topology.parse("2@1GB/s:64MiB"), PlanOptions(straight=True))
-    assert str(plan) == TABLE
+    options = PlanOptions(straight=True, overlap=True)
+    assert str(plan_pipeline(profile, Topology.parse("2@1GB/s:64MiB"), options)) == TABLE
+
+
+def test_passes_wait_for_an_all_reduce_unless_updates_are_late():
+    profile = make_profile([(1e-3, 2e-3, 1e5, 2**20, 2**20)] * 4)
+    sync_s = 4 * 2**20 / 1e9
+    for overlap, both_s in ((False, 12e-3 + sync_s), (True, 12e-3)):
+        options = PlanOptions(straight=True, overlap=overlap)
+        others = predicted(plan_pipeline(profile, Topology.parse("2@1GB/s"), options)).others
+        assert others[0].name == "data parallelism"
+        assert others[0].microbatch_s == pytest.approx(both_s / 2)
 
 
 TABLE = """\
