@@ -18,7 +18,6 @@ TITLES = {
     "vgg16": "VGG-16",
     "lstm": "LSTM language model",
     "lstm_4": "LSTM language model, 4 layers",
-    "convolutions": "VGG-16, narrow",
     "resnet20": "ResNet-20",
 }
 
@@ -35,10 +34,13 @@ def points(results, system):
 def draw(results):
     """One panel for each model: what was measured filled, what was predicted hollow."""
     models = list(dict.fromkeys(one["model"] for one in results))
-    figure, axes = plt.subplots(
-        1, len(models), figsize=(4.4 * len(models) + 2, 3.6), layout="constrained", squeeze=False
+    rows = 1 if len(models) < 4 else 2
+    columns = -(-len(models) // rows)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(4.4 * columns + 2, 3.6 * rows), layout="constrained", squeeze=False
     )
-    for axis, model in zip(axes[0], models, strict=True):
+    axes = grid.flat[: len(models)]
+    for axis, model in zip(axes, models, strict=True):
         mine = [one for one in results if one["model"] == model]
         for system in (s for s in COLOURS if any(s in one["measured"] for one in mine)):
             colour = COLOURS[system]
@@ -54,7 +56,7 @@ def draw(results):
         axis.set_ylim(bottom=0)
     named = {
         name: handle
-        for axis in axes[0]
+        for axis in axes
         for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     figure.legend(
