@@ -168,11 +168,12 @@ LARGE = ("transformer", "vgg16", "vgg16_bn")
 def compiled_quickly(quickly: bool = True) -> Iterator[None]:
     """What is compiled inside is hardly optimised: that takes most of a test of a large model."""
     name = "jax_disable_most_optimizations"
-    jax.config.update(name, quickly)
+    before = jax.config.read(name)
+    jax.config.update(name, quickly or before)
     try:
         yield
     finally:
-        jax.config.update(name, False)
+        jax.config.update(name, before)
 
 
 def graph_of(case: Case, batch_size: int, rng: jax.Array) -> LayerGraph:

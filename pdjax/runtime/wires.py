@@ -168,10 +168,12 @@ class TransferWire:
         self._greet(peers)
 
     def _greet(self, peers: Peers) -> None:
-        """Opens the connections between all processes.
+        """Opens the connections between all processes, before there is anything to wait for.
 
-        Later the links may be full. A packet that opens a connection and is dropped then is sent
-        again after a second, after two more, after four more.
+        So that one that cannot be opened is told of, and none is opened while the links are full.
+
+        Raises:
+            ClusterError: if nothing comes from a process in time.
         """
         own, first = peers.process_id, len(self._ends) - peers.num_processes
         others = [process for process in range(peers.num_processes) if process != own]
