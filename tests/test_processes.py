@@ -148,6 +148,12 @@ def test_trouble_is_the_same_in_all_processes(tmp_path):
     assert first["loss"] == second["loss"]
 
 
+def test_what_is_sent_does_not_wait_for_what_its_sender_computes(monkeypatch):
+    monkeypatch.setenv("PJRT_NPROC", "1")  # threads that compute
+    code, output = launch("busy.py", 2)
+    assert code == 0, output
+
+
 @pytest.mark.parametrize("first", ["knows", "waits"])
 def test_one_ends_before_the_other(first):
     """The other would wait for it for ever: it says so, before a step or out of one."""
