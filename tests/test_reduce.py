@@ -104,19 +104,37 @@ def test_arrays_of_several_types_go_around_together():
             np.testing.assert_allclose(np.asarray(sums[at], np.float32), expected, atol=5e-3)
 
 
+class Counting(LocalTransport):
+    """Notes the bytes of each array that is sent, call by call."""
+
+    def __init__(self, num_places: int) -> None:
+        super().__init__(num_places)
+        self.sent: list[list[int]] = []
+
+    def move(self, values, shapes, source, target):
+        self.sent.append([value.nbytes for value in values or ()])
+        return super().move(values, shapes, source, target)
+
+
+def sent_by_ring(count: int, shapes) -> list[list[int]]:
+    """The bytes of each array that `count` replicas send, call by call."""
+    places, transport = parts_on(count)[0], Counting(count)
+    reduce = RingReduce(Replicas(range(count), places, transport), shapes)
+    reduce([tuple(jnp.zeros(s.shape, s.dtype) for s in shapes)] * count)
+    return transport.sent
+
+
 def test_all_send_as_many_bytes_whatever_the_types():
-    places, _ = parts_on(3)
     shapes = [jax.ShapeDtypeStruct((30,), dtype) for dtype in (jnp.bfloat16, jnp.float32)]
-    sent = []
+    sent = sent_by_ring(3, shapes)
+    assert [sum(call) for call in sent] == [60] * 12  # a third of 180, in four turns
 
-    class Counting(LocalTransport):
-        def move(self, values, shapes, source, target):
-            sent.append(sum(value.nbytes for value in values or ()))
-            return super().move(values, shapes, source, target)
 
-    replicas = Replicas(range(3), places, Counting(3))
-    RingReduce(replicas, shapes)([tuple(jnp.zeros(s.shape, s.dtype) for s in shapes)] * 3)
-    assert sent == [60] * 12  # a third of 180, in four turns
+def test_small_arrays_travel_together_and_large_ones_by_themselves():
+    """Each array that travels has a price, and to lay large ones side by side, too."""
+    sizes = [4, 30_000, 8, 12, 30_000, 16]
+    shapes = [jax.ShapeDtypeStruct((size,), jnp.float32) for size in sizes]
+    assert sent_by_ring(2, shapes) == [[120_000, 80]] * 4  # a half with one large one, in two turns
 
 
 def test_arrays_may_be_cut_before_others_are_summed_up():

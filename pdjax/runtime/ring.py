@@ -8,7 +8,7 @@ algorithms for clusters of workstations", 2009, section 3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -19,6 +19,8 @@ from jax.sharding import Sharding
 
 from pdjax.runtime.placed import Values, placed
 from pdjax.runtime.transport import Transport
+
+_SMALL_BYTES = 2**16  # up to which parts of arrays travel together
 
 
 class Replicas(NamedTuple):
@@ -173,7 +175,8 @@ class _Layout:
     """How arrays, one behind the other, are cut into `count` pieces of as many bytes.
 
     A piece is a tuple of parts of arrays, which nobody has to lay side by side: in one long array
-    of all of them XLA would look for the source of every single element.
+    of all of them XLA would look for the source of every single element. Only small parts of one
+    type travel in one array, since each array that travels has a price of its own.
     """
 
     def __init__(self, shapes: Sequence[jax.ShapeDtypeStruct], count: int) -> None:
@@ -187,35 +190,57 @@ class _Layout:
             return before // shapes[at].dtype.itemsize
 
         self._pieces = [
-            [
+            self._grouped(
                 _Part(at, element(at, first), element(at, last))
                 for at in range(len(shapes))
                 if element(at, first) < element(at, last)
-            ]
+            )
             for first, last in pairwise(cuts)
         ]
         self.piece_shapes = tuple(
             tuple(
-                jax.ShapeDtypeStruct((end - start,), shapes[at].dtype) for at, start, end in parts
+                jax.ShapeDtypeStruct((sum(map(_num_elements, group)),), shapes[group[0].at].dtype)
+                for group in groups
             )
-            for parts in self._pieces
+            for groups in self._pieces
         )
 
     def split(self, arrays: Values) -> tuple[Values, ...]:
+        def flat(part: _Part) -> Any:
+            return arrays[part.at].ravel()[part.start : part.end]
+
         return tuple(
-            tuple(arrays[at].ravel()[start:end] for at, start, end in parts)
-            for parts in self._pieces
+            tuple(jnp.concatenate([flat(part) for part in group]) for group in groups)
+            for groups in self._pieces
         )
 
     def join(self, pieces: Sequence[Values], *, mean: bool) -> Values:
         found: list[list[Any]] = [[] for _ in self._shapes]
-        for parts, values in zip(self._pieces, pieces, strict=True):
-            for part, value in zip(parts, values, strict=True):
-                found[part.at].append(value / self._count if mean else value)
+        for groups, values in zip(self._pieces, pieces, strict=True):
+            for group, value in zip(groups, values, strict=True):
+                ends = list(accumulate(map(_num_elements, group)))
+                for part, own in zip(group, jnp.split(value, ends[:-1]), strict=True):
+                    found[part.at].append(own / self._count if mean else own)
         return tuple(
             jnp.concatenate(values).reshape(s.shape) if values else jnp.zeros(s.shape, s.dtype)
             for values, s in zip(found, self._shapes, strict=True)
         )
+
+    def _grouped(self, parts: Iterable[_Part]) -> list[list[_Part]]:
+        """The parts that travel in one array each."""
+        large: list[list[_Part]] = []
+        small: dict[Any, list[_Part]] = {}
+        for part in parts:
+            dtype = self._shapes[part.at].dtype
+            if _num_elements(part) * dtype.itemsize > _SMALL_BYTES:
+                large.append([part])
+            else:
+                small.setdefault(dtype, []).append(part)
+        return [*large, *small.values()]
+
+
+def _num_elements(part: _Part) -> int:
+    return part.end - part.start
 
 
 def ring_bytes(shapes: Sequence[jax.ShapeDtypeStruct], count: int) -> int:
