@@ -205,6 +205,8 @@ class Pipeline:
     ) -> PipelineState:
         """Traces, plans, compiles and places the model.
 
+        In several processes it returns when all of them are ready.
+
         Args:
             params: pytree of parameters, which is copied; or a function without arguments that
                 makes it, such as ``lambda: model.init(key, x)["params"]``. Each stage then makes
@@ -233,7 +235,10 @@ class Pipeline:
         )
         self._latest = training
         _log.info("schedule %s\n%s", self.schedule.name, self.plan)
-        return PipelineState(training, prepared.start(params, model_state), 0)
+        run = prepared.start(params, model_state)
+        if prepared.peers is not None:  # else the first step would wait for who compiles longest
+            prepared.peers.exchange("ready to train", None)
+        return PipelineState(training, run, 0)
 
     def step(self, state: PipelineState, batch: Any) -> tuple[PipelineState, Metrics]:
         """Hands over one minibatch and returns without waiting for it.

@@ -154,6 +154,12 @@ def test_what_is_sent_does_not_wait_for_what_its_sender_computes(monkeypatch):
     assert code == 0, output
 
 
+def test_all_are_ready_when_init_returns(tmp_path):
+    """Or the time that the slowest takes to compile would be counted as that of the first step."""
+    code, output = launch("ready.py", 2, str(tmp_path / "mark"))
+    assert code == 0, output
+
+
 @pytest.mark.parametrize("first", ["knows", "waits"])
 def test_one_ends_before_the_other(first):
     """The other would wait for it for ever: it says so, before a step or out of one."""
