@@ -71,6 +71,7 @@ def measure(model, rounds, torch=None):
         for stage in (0, 1):
             spec = f"stage:{name},{stage}"
             systems[f"stage {stage} of {name}"] = System(spec, model, [cores[stage]])
+        systems[f"one process, both stages of {name}"] = System(f"both:{name},0", model, one)
     systems |= {
         "one process, microbatches": System("loop:8", model, one),
         "one process, microbatches, call by call": System("calls:8", model, one),
@@ -80,6 +81,10 @@ def measure(model, rounds, torch=None):
         systems["PyTorch: 1F1B"] = System("pipe", model, two, torch)
         systems["PyTorch: one process"] = System("single", model, one, torch)
     pairs = {
+        f"two processes, both stages of {name}": System(f"both:{name},0", model, two[1:])
+        for name in BUBBLES
+    }
+    pairs |= {
         "two processes, microbatches": System("loop:8", model, two[1:]),
         "two processes, whole": System("loop:1", model, two[1:]),
     }
@@ -111,12 +116,17 @@ def ratios(found):
     seconds = {name: np.asarray(values) for name, values in found.items()}
     for name, bubble in BUBBLES.items():
         own = np.maximum(*(seconds[f"stage {stage} of {name}"] for stage in (0, 1))) / bubble
+        turns = seconds[f"two processes, both stages of {name}"] / bubble
         whole = "whole" if name == "PipeDream" else "microbatches"
         for system in (name, f"{name}, slack 1"):
             pipe = seconds[system]
             yield f"{system}: slower stage's own operations / bubble over pipeline", own / pipe
-            independent = seconds[f"two processes, {whole}"] / bubble
-            yield f"{system}: two independent processes / bubble over pipeline", independent / pipe
+            yield (
+                f"{system}: two processes, both stages in turn / bubble over pipeline",
+                turns / pipe,
+            )
+            plain = seconds[f"two processes, {whole}"] / bubble
+            yield f"{system}: two processes, a plain step / bubble over pipeline", plain / pipe
             yield f"{system}: one process over pipeline", seconds[f"one process, {whole}"] / pipe
     calls, loop = (seconds[f"one process, microbatches{how}"] for how in (", call by call", ""))
     yield "one process: call by call over one program", calls / loop

@@ -173,10 +173,12 @@ def main():
     kind, _, detail = arguments.system.partition(":")
     if kind == "pipe":
         distributed.initialize()
+    elif kind in ("both", "stage"):
+        jax.config.update("jax_num_cpu_devices", 2)
+    if kind in ("pipe", "both"):
         schedule, slack = detail.split(",")
         system = Pipe(arguments.model, schedule, int(slack))
     elif kind == "stage":
-        jax.config.update("jax_num_cpu_devices", 2)
         schedule, number = detail.split(",")
         system = Stage(arguments.model, schedule, int(number))
     else:
