@@ -132,9 +132,9 @@ def test_all_send_as_many_bytes_whatever_the_types():
 
 def test_small_arrays_travel_together_and_large_ones_by_themselves():
     """Each array that travels has a price, and to lay large ones side by side, too."""
-    sizes = [4, 30_000, 8, 12, 30_000, 16]
+    sizes = [4, 100_000, 8, 12, 100_000, 16]
     shapes = [jax.ShapeDtypeStruct((size,), jnp.float32) for size in sizes]
-    assert sent_by_ring(2, shapes) == [[120_000, 80]] * 4  # a half with one large one, in two turns
+    assert sent_by_ring(2, shapes) == [[400_000, 80]] * 4  # a half with one large one, in two turns
 
 
 def test_arrays_may_be_cut_before_others_are_summed_up():
