@@ -23,6 +23,7 @@ import optax
 from benchmark import NUM_HOSTS, measured_on, plans_for, slow_rate
 from cluster import Cluster
 from digits_worker import CONFIG, EXAMPLES_PER_WORKER, GOAL
+from worker import alone
 
 import pdjax
 from pdjax import data
@@ -34,12 +35,15 @@ RATES = (1e-4, 3e-4, 1e-3)
 MOST_EXAMPLES = 12_000
 
 
-def profile(path):
-    """Measures the layers, for the examples that a host takes at a time."""
-    task = make_task(CONFIG)
+def measure(what, path=None):
+    """Measures the layers, or a step on each host, for the examples that a host takes at a time."""
+    task, optimizer = make_task(CONFIG), optax.adam(1e-3)
     batch = next(data.batches(task.dataset.train, EXAMPLES_PER_WORKER))
-    pipe = pdjax.Pipeline(task.loss_fn, optax.adam(1e-3), schedule="pipedream")
-    pipe.profile(jax.eval_shape(lambda: task.params), batch).save(path)
+    if what == "alone":
+        alone(task.loss_fn, optimizer, task.params, batch)
+    else:
+        pipe = pdjax.Pipeline(task.loss_fn, optimizer, schedule="pipedream")
+        pipe.profile(jax.eval_shape(lambda: task.params), batch).save(path)
 
 
 def command(system, rate, plan, path):
@@ -105,7 +109,8 @@ def main():
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary, Cluster(NUM_HOSTS) as cluster:
         folder = Path(temporary)
-        measured = measured_on([sys.executable, __file__, "profile"], folder / "profile.json")
+        profiles, steps = ([sys.executable, __file__, what] for what in ("profile", "alone"))
+        measured = measured_on(cluster, profiles, steps, folder / "profile.json")
         rate = slow_rate(measured)
         plan, _ = plans_for(measured, rate, folder)
         print(f"{rate * 8 / 1e6:.0f} Mbit/s\n\n```\n{plan}\n```\n")
@@ -130,7 +135,7 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["profile"]:
-        profile(sys.argv[2])
+    if sys.argv[1:2] in (["profile"], ["alone"]):
+        measure(*sys.argv[1:])
     else:
         main()

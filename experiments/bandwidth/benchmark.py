@@ -39,25 +39,41 @@ STRAIGHT = "PipeDream, 4 stages"
 NAMES = {"data parallel": "data parallelism", "model parallel": "model parallelism, 4 stages"}
 
 
-def measured_on(command, path):
-    """A profile that a command measures on one core, as slow as where cores are shared."""
+def measured_on(cluster, profiles, steps, path):
+    """A profile of the layers on one core, stretched to what a step takes where all hosts compute.
+
+    Hosts share cores, caches and the way to memory.
+
+    Args:
+        cluster: the hosts.
+        profiles: a command that profiles, into a file named behind it.
+        steps: a command that takes steps of the whole model on each host, and says how long one is.
+        path: the file.
+    """
     told = os.environ | memory_variables()  # as on the hosts
-    subprocess.run(["taskset", "-c", "0", *command, path], check=True, env=told)
+    subprocess.run(["taskset", "-c", "0", *profiles, path], check=True, env=told)
     profile = load_profile(path)
-    share = max(1, NUM_HOSTS / len(os.sched_getaffinity(0)))
+    stretch = result_of(cluster, steps, path.parent / "cache")["step_s"] / compute_s(profile)
+    print(
+        f"a step is {stretch:.2f} times as long as the layers of {path.stem} one by one on a core"
+    )
     layers = tuple(
-        replace(layer, forward_s=layer.forward_s * share, backward_s=layer.backward_s * share)
+        replace(layer, forward_s=layer.forward_s * stretch, backward_s=layer.backward_s * stretch)
         for layer in profile.layers
     )
     return replace(profile, layers=layers)
 
 
+def compute_s(profile):
+    """Seconds of the passes of all layers."""
+    return sum(layer.forward_s + layer.backward_s for layer in profile.layers)
+
+
 def slow_rate(profile):
     """Bytes per second at which an all-reduce takes four times as long as the passes."""
-    compute_s = sum(layer.forward_s + layer.backward_s for layer in profile.layers)
     size = sum(layer.param_bytes for layer in profile.layers)
     ring = 2 * (NUM_HOSTS - 1) / NUM_HOSTS * size
-    return ring / (compute_s * COMMUNICATION_SHARE / (1 - COMMUNICATION_SHARE))
+    return ring / (compute_s(profile) * COMMUNICATION_SHARE / (1 - COMMUNICATION_SHARE))
 
 
 def plans_for(profile, rate, folder):
@@ -72,9 +88,8 @@ def plans_for(profile, rate, folder):
     return plan, straight
 
 
-def run(cluster, system, model, plan, steps, cache):
-    """What the first process of a system says of it."""
-    command = [sys.executable, HERE / "worker.py", system, model, plan, steps]
+def result_of(cluster, command, cache):
+    """What the first process says that runs a command."""
     said = io.StringIO()
     told = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu"}
     told |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
@@ -82,7 +97,7 @@ def run(cluster, system, model, plan, steps, cache):
         code = cluster.run(list(map(str, command)), environment=told)
     lines = [line for line in said.getvalue().splitlines() if "RESULT " in line]
     if code or not lines:
-        raise SystemExit(f"{system} on {model} failed with {code}:\n{said.getvalue()}")
+        raise SystemExit(f"{command} failed with {code}:\n{said.getvalue()}")
     return json.loads(lines[0].partition("RESULT ")[2])
 
 
@@ -106,13 +121,14 @@ def compare(cluster, model, profile, rate, systems, options, folder):
     for _ in range(options.rounds):
         for system in systems:
             file = folder / ("plan.json" if system == "PipeDream" else "straight.json")
-            made = run(cluster, system, model, file, options.steps, folder / "cache")
+            command = [sys.executable, HERE / "worker.py", system, model, file, options.steps]
+            made = result_of(cluster, command, folder / "cache")
             found[system].append(made)
             print(made, file=sys.stderr, flush=True)
     return {
         "model": model,
         "mbit_per_s": rate * 8 / 1e6,
-        "compute_s": sum(layer.forward_s + layer.backward_s for layer in profile.layers),
+        "compute_s": compute_s(profile),
         "predicted": {system: predicted(plan, straight, system) for system in systems},
         "measured": found,
     }
@@ -154,8 +170,9 @@ def main():
     with tempfile.TemporaryDirectory() as temporary, Cluster(NUM_HOSTS) as cluster:
         folder = Path(temporary)
         for model in options.model:
-            command = [sys.executable, HERE / "worker.py", "profile", model]
-            profile = measured_on(command, folder / f"{model}.json")
+            worker = [sys.executable, HERE / "worker.py"]
+            profiles, steps = ([*worker, what, model] for what in ("profile", "alone"))
+            profile = measured_on(cluster, profiles, steps, folder / f"{model}.json")
             slow = slow_rate(profile)
             for factor in options.faster:
                 systems = SYSTEMS if factor == 1 else SYSTEMS[:2]

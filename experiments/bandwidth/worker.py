@@ -1,6 +1,7 @@
 """What runs on each host: builds a system, takes steps, and counts what its interface sends.
 
     python worker.py profile MODEL FILE          measures the layers, on one host
+    python worker.py alone MODEL                 takes steps of the whole model on each host
     python worker.py SYSTEM MODEL PLAN STEPS     trains; the first process prints a line of JSON
 
 A step is a minibatch: what a host takes at a time, for each host under data parallelism, for each
@@ -23,6 +24,7 @@ from pdjax import distributed
 sys.path.insert(0, str(Path(__file__).parents[1] / "cluster"))
 from counters import own_counters
 
+STEPS_ALONE = 4
 GPIPE_MICROBATCHES = 16  # as the planner has it: 4 for each stage
 SCHEDULES = {
     "PipeDream": "pipedream",
@@ -36,6 +38,24 @@ def profile(model, path):
     loss_fn, init, batch = make_model(model, BATCH_SIZE[model])
     pipe = pdjax.Pipeline(loss_fn, make_optimizer(), schedule="pipedream")
     pipe.profile(jax.eval_shape(init), batch).save(path)
+
+
+def alone(loss_fn, optimizer, init, batch):
+    """Says how long a step of the whole model takes on each of several hosts at once."""
+    peers = distributed.initialize()
+    schedule = pdjax.one_f_one_b(1, 1)
+    devices = jax.local_devices()[:1]
+    pipe = pdjax.Pipeline(loss_fn, optimizer, schedule=schedule, plan="balanced", devices=devices)
+    state, marks = pipe.init(init, batch), []
+    for count in (2, STEPS_ALONE):
+        for _ in range(count):
+            state, _ = pipe.step(state, batch)
+        jax.block_until_ready(state.run.stages[0].weights)
+        peers.exchange("took some steps", None)
+        marks.append(time.perf_counter())
+    if peers.process_id == 0:
+        step_s = (marks[1] - marks[0]) / STEPS_ALONE
+        print("RESULT " + json.dumps({"step_s": step_s}), flush=True)
 
 
 def make_pipeline(system, model, plan, num_hosts):
@@ -93,5 +113,8 @@ if __name__ == "__main__":
     given = sys.argv[1:]
     if given[0] == "profile":
         profile(given[1], given[2])
+    elif given[0] == "alone":
+        loss_fn, init, batch = make_model(given[1], BATCH_SIZE[given[1]])
+        alone(loss_fn, make_optimizer(), init, batch)
     else:
         train(given[0], given[1], given[2], int(given[3]))
