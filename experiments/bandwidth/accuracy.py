@@ -26,7 +26,7 @@ from digits_worker import CONFIG, EXAMPLES_PER_WORKER, GOAL
 from worker import alone
 
 import pdjax
-from pdjax import data
+from pdjax import data, distributed
 from pdjax.training.task import make_task
 
 HERE = Path(__file__).parent
@@ -37,10 +37,11 @@ MOST_EXAMPLES = 12_000
 
 def measure(what, path=None):
     """Measures the layers, or a step on each host, for the examples that a host takes at a time."""
+    peers = distributed.initialize() if what == "alone" else None
     task, optimizer = make_task(CONFIG), optax.adam(1e-3)
     batch = next(data.batches(task.dataset.train, EXAMPLES_PER_WORKER))
-    if what == "alone":
-        alone(task.loss_fn, optimizer, task.params, batch)
+    if peers is not None:
+        alone(peers, task.loss_fn, optimizer, task.params, batch)
     else:
         pipe = pdjax.Pipeline(task.loss_fn, optimizer, schedule="pipedream")
         pipe.profile(jax.eval_shape(lambda: task.params), batch).save(path)

@@ -40,9 +40,8 @@ def profile(model, path):
     pipe.profile(jax.eval_shape(init), batch).save(path)
 
 
-def alone(loss_fn, optimizer, init, batch):
+def alone(peers, loss_fn, optimizer, init, batch):
     """Says how long a step of the whole model takes on each of several hosts at once."""
-    peers = distributed.initialize()
     schedule = pdjax.one_f_one_b(1, 1)
     devices = jax.local_devices()[:1]
     pipe = pdjax.Pipeline(loss_fn, optimizer, schedule=schedule, plan="balanced", devices=devices)
@@ -114,7 +113,8 @@ if __name__ == "__main__":
     if given[0] == "profile":
         profile(given[1], given[2])
     elif given[0] == "alone":
+        peers = distributed.initialize()
         loss_fn, init, batch = make_model(given[1], BATCH_SIZE[given[1]])
-        alone(loss_fn, make_optimizer(), init, batch)
+        alone(peers, loss_fn, make_optimizer(), init, batch)
     else:
         train(given[0], given[1], given[2], int(given[3]))
