@@ -35,16 +35,24 @@ RATES = (1e-4, 3e-4, 1e-3)
 MOST_EXAMPLES = 12_000
 
 
-def measure(what, path=None):
-    """Measures the layers, or a step on each host, for the examples that a host takes at a time."""
-    peers = distributed.initialize() if what == "alone" else None
-    task, optimizer = make_task(CONFIG), optax.adam(1e-3)
-    batch = next(data.batches(task.dataset.train, EXAMPLES_PER_WORKER))
-    if peers is not None:
-        alone(peers, task.loss_fn, optimizer, task.params, batch)
-    else:
-        pipe = pdjax.Pipeline(task.loss_fn, optimizer, schedule="pipedream")
-        pipe.profile(jax.eval_shape(lambda: task.params), batch).save(path)
+def model():
+    """The task, and the examples that a host takes at a time."""
+    task = make_task(CONFIG)
+    return task, next(data.batches(task.dataset.train, EXAMPLES_PER_WORKER))
+
+
+def profile(path):
+    """Measures the layers."""
+    task, batch = model()
+    pipe = pdjax.Pipeline(task.loss_fn, optax.adam(1e-3), schedule="pipedream")
+    pipe.profile(jax.eval_shape(lambda: task.params), batch).save(path)
+
+
+def steps_alone():
+    """Measures a step of the whole model on each host."""
+    peers = distributed.initialize()
+    task, batch = model()
+    alone(peers, task.loss_fn, optax.adam(1e-3), task.params, batch)
 
 
 def command(system, rate, plan, path):
@@ -136,7 +144,9 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] in (["profile"], ["alone"]):
-        measure(*sys.argv[1:])
+    if sys.argv[1:2] == ["profile"]:
+        profile(sys.argv[2])
+    elif sys.argv[1:2] == ["alone"]:
+        steps_alone()
     else:
         main()
