@@ -26,7 +26,7 @@ SCHEDULES = {"1F1B": (pdjax.one_f_one_b, NUM_MICROBATCHES), "PipeDream": (pdjax.
 class Pipe:
     """Two stages, each in a process of its own, or both in this one."""
 
-    def __init__(self, model, schedule, slack):
+    def __init__(self, model, schedule, slack, devices=None):
         loss_fn, params, self.batch = make_model(model)
         make, count = SCHEDULES[schedule]
         self.pipe = pdjax.Pipeline(
@@ -34,6 +34,7 @@ class Pipe:
             make_optimizer(),
             schedule=make(2, count, slack=slack),
             plan=[f"block_{NUM_BLOCKS // 2}"],
+            devices=devices,
             nonfinite="ignore",
         )
         self.state = self.pipe.init(params, self.batch)
@@ -41,6 +42,11 @@ class Pipe:
     def step(self):
         self.state, metrics = self.pipe.step(self.state, self.batch)
         return metrics["loss"]
+
+
+def both_on_one():
+    """The only device, twice: with two of them XLA would compute with two threads on one core."""
+    return jax.devices() * 2
 
 
 class Canned:
@@ -76,7 +82,7 @@ class Stage(Pipe):
 
     def __init__(self, model, schedule, stage):
         prepare.make_transport = lambda placements, peers: Canned(placements, stage)
-        super().__init__(model, schedule, slack=0)
+        super().__init__(model, schedule, slack=0, devices=both_on_one())
         self.stage = stage
 
     def step(self):
@@ -173,11 +179,10 @@ def main():
     kind, _, detail = arguments.system.partition(":")
     if kind == "pipe":
         distributed.initialize()
-    elif kind in ("both", "stage"):
-        jax.config.update("jax_num_cpu_devices", 2)
     if kind in ("pipe", "both"):
         schedule, slack = detail.split(",")
-        system = Pipe(arguments.model, schedule, int(slack))
+        devices = both_on_one() if kind == "both" else None
+        system = Pipe(arguments.model, schedule, int(slack), devices)
     elif kind == "stage":
         schedule, number = detail.split(",")
         system = Stage(arguments.model, schedule, int(number))
