@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pdjax import distributed
-from pdjax.command import print_error, run_command
+from pdjax.cli import print_error, run_command
 from pdjax.errors import ClusterError
-from pdjax.links import ALONE_BYTES_PER_S, measure_between_processes, measure_pairs
-from pdjax.topology import Level, Topology, format_bytes
+from pdjax.topology.bandwidth import ALONE_BYTES_PER_S, measure_between_processes, measure_pairs
+from pdjax.topology.topology import Level, Topology, format_bytes
 
 
 @dataclass(frozen=True)

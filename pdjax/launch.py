@@ -20,8 +20,8 @@ from typing import IO, Annotated, Any
 
 import tyro
 
-from pdjax.command import print_error
-from pdjax.config import LaunchConfig
+from pdjax.cli import print_error
+from pdjax.train.config import LaunchConfig
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _POLL_S = 0.02

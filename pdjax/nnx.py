@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pdjax.arguments import taking_key
-from pdjax.tracing import read_result
+from pdjax.pipeline.arguments import taking_key
+from pdjax.trace.loss_fn import read_result
 from pdjax.trees import is_key
 
 

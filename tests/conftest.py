@@ -8,7 +8,7 @@ import jax
 import pytest
 import zoo
 
-from pdjax import arguments
+from pdjax.pipeline import arguments
 
 jax.config.update("jax_num_cpu_devices", 5)
 

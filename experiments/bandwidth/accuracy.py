@@ -27,7 +27,7 @@ from worker import alone
 
 import pdjax
 from pdjax import data, distributed
-from pdjax.training.task import make_task
+from pdjax.task import make_task
 
 HERE = Path(__file__).parent
 SYSTEMS = ("PipeDream", "data parallelism")

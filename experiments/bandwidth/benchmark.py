@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from pdjax.launch import memory_variables
-from pdjax.planner import PlanOptions, plan_pipeline
-from pdjax.profile_files import load_profile
-from pdjax.topology import Topology
+from pdjax.plan import PlanOptions, plan_pipeline
+from pdjax.profile.files import load_profile
+from pdjax.topology.topology import Topology
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"

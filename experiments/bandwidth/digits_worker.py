@@ -18,8 +18,8 @@ import optax
 
 import pdjax
 from pdjax import data, distributed
-from pdjax.config import TrainConfig
-from pdjax.training.task import make_task
+from pdjax.task import make_task
+from pdjax.train.config import TrainConfig
 
 NUM_WORKERS, EXAMPLES_PER_WORKER, GOAL = 4, 8, 0.97
 TEST_EVERY = 512

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from models import NUM_BLOCKS, NUM_MICROBATCHES, make_model, make_optimizer
 
 import pdjax
-from pdjax import distributed, prepare
+from pdjax import distributed
+from pdjax.pipeline import prepared
 
 UNCOUNTED = 4
 SCHEDULES = {"1F1B": (pdjax.one_f_one_b, NUM_MICROBATCHES), "PipeDream": (pdjax.pipedream, 1)}
@@ -81,7 +82,7 @@ class Stage(Pipe):
     """What one stage does in the pipeline, with nobody to wait for."""
 
     def __init__(self, model, schedule, stage):
-        prepare.make_transport = lambda placements, peers: Canned(placements, stage)
+        prepared.make_transport = lambda placements, peers: Canned(placements, stage)
         super().__init__(model, schedule, slack=0, devices=both_on_one())
         self.stage = stage
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pdjax.planner import Plan, PlanOptions, plan_pipeline
-from pdjax.planner.cost_model import Part
-from pdjax.planner.planning import make_case
-from pdjax.profile import Profile
-from pdjax.profile_files import load_profile
-from pdjax.topology import Topology
+from pdjax.plan import Plan, PlanOptions, plan_pipeline
+from pdjax.plan.cost_model import Part
+from pdjax.plan.planner import make_case
+from pdjax.profile.files import load_profile
+from pdjax.profile.profile import Profile
+from pdjax.topology.topology import Topology
 
 PROFILES = Path(__file__).parent / "profiles"
 

@@ -17,10 +17,10 @@ from typing import Any
 import jax
 from models import MODELS, Row
 
-from pdjax.arguments import taking_key
-from pdjax.graph import LayerGraph, build_graph
-from pdjax.profiler import estimate
-from pdjax.rates import find_rates
+from pdjax.pipeline.arguments import taking_key
+from pdjax.profile.measure import estimate
+from pdjax.profile.rates import find_rates
+from pdjax.trace.layers import LayerGraph, build_graph
 
 PROFILES = Path(__file__).parent / "profiles"
 
@@ -40,7 +40,7 @@ def trace(row: Row) -> LayerGraph:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rates", default="v100", help="a name or a form of pdjax.rates")
+    parser.add_argument("--rates", default="v100", help="a name or a form of pdjax.profile.rates")
     parser.add_argument("--folder", type=Path, default=PROFILES)
     args = parser.parse_args()
     args.folder.mkdir(exist_ok=True)

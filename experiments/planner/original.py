@@ -22,10 +22,10 @@ from typing import Any
 
 from original_plans import Graph, load_graph, read_answer
 
-from pdjax.planner.cost_model import CostForm, Costs, MemoryForm, Part
-from pdjax.planner.search import fastest
-from pdjax.profile import Profile
-from pdjax.topology import Level, Topology
+from pdjax.plan.cost_model import CostForm, Costs, MemoryForm, Part
+from pdjax.plan.search import fastest
+from pdjax.profile.profile import Profile
+from pdjax.topology.topology import Level, Topology
 
 _SLACK = 1 + 1e-9
 

@@ -23,9 +23,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from pdjax.graph_txt import read_graph
-from pdjax.planner.cost_model import Part
-from pdjax.profile import Profile
+from pdjax.plan.cost_model import Part
+from pdjax.profile.graph_txt import read_graph
+from pdjax.profile.profile import Profile
 
 _SAME_S = 1e-7  # the files give microseconds
 

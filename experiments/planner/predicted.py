@@ -24,17 +24,17 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pdjax.arguments import taking_key
-from pdjax.config import TrainConfig
-from pdjax.differentiate import StagePrograms, differentiate
-from pdjax.graph import LayerGraph, build_graph
-from pdjax.planner import Plan, PlanOptions, manual_plan, plan_pipeline
-from pdjax.profile import Profile
-from pdjax.profiler import measure
-from pdjax.split import split
-from pdjax.stopwatch import Pass, make_inputs, sample, saved_values
-from pdjax.topology import Topology
-from pdjax.training.task import make_task
+from pdjax.pipeline.arguments import taking_key
+from pdjax.plan import Plan, PlanOptions, manual_plan, plan_pipeline
+from pdjax.profile.measure import measure
+from pdjax.profile.profile import Profile
+from pdjax.profile.timing import Pass, make_inputs, sample, saved_values
+from pdjax.split.differentiate import StagePrograms, differentiate
+from pdjax.split.stages import split
+from pdjax.task import make_task
+from pdjax.topology.topology import Topology
+from pdjax.trace.layers import LayerGraph, build_graph
+from pdjax.train.config import TrainConfig
 
 _COLORS = {"transformer": "#3b6fb6", "vgg16": "#c4622d"}
 

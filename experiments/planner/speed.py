@@ -23,11 +23,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pdjax.planner import PlanOptions, plan_pipeline
-from pdjax.planner.planning import make_case
-from pdjax.planner.search import fastest, fits
-from pdjax.profile import LayerProfile, Profile
-from pdjax.topology import Topology
+from pdjax.plan import PlanOptions, plan_pipeline
+from pdjax.plan.planner import make_case
+from pdjax.plan.search import fastest, fits
+from pdjax.profile.profile import LayerProfile, Profile
+from pdjax.topology.topology import Topology
 
 TOPOLOGIES = (
     "4@10GB/s",

@@ -31,8 +31,8 @@ from matplotlib.figure import Figure
 from slowdown import make_chain, seconds
 
 import pdjax
-from pdjax.simulator import steady_s
-from pdjax.timeline_figures import save_timelines
+from pdjax.simulate import steady_s
+from pdjax.timeline.figure import save_timelines
 
 CHAIN = 40  # calls one after the other on a device
 POINTS = [

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pdjax.schedules import ALGORITHMS, Schedule
-from pdjax.simulator import StageCost, peak_bytes, simulate, staleness
-from pdjax.timeline import Timeline
-from pdjax.topology import Topology
-from pdjax.weights import WeightRule
+from pdjax.schedules.weight_rule import WeightRule
+from pdjax.simulate import StageCost, peak_bytes, simulate, staleness
+from pdjax.timeline.timeline import Timeline
+from pdjax.topology.topology import Topology
 
 MIB = 2**20
 NUM_WORKERS = 4

@@ -20,16 +20,16 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pdjax.memory_figures import memory_figure
 from pdjax.schedules import ALGORITHMS, Schedule, forward_only, pipedream
 from pdjax.schedules.columns import KINDS, Columns, F
 from pdjax.schedules.versions import delay_of, versions_read
-from pdjax.simulator import StageCost, simulate, steady_s
-from pdjax.timeline import Timeline
-from pdjax.timeline_figures import save_timelines, timelines_figure
-from pdjax.timeline_frames import save_figure
-from pdjax.timeline_style import headline
-from pdjax.weights import STASH, WeightRule
+from pdjax.schedules.weight_rule import STASH, WeightRule
+from pdjax.simulate import StageCost, simulate, steady_s
+from pdjax.timeline.axes import save_figure
+from pdjax.timeline.figure import save_timelines, timelines_figure
+from pdjax.timeline.memory_figure import memory_figure
+from pdjax.timeline.style import headline
+from pdjax.timeline.timeline import Timeline
 
 _COLORS = {
     "gpipe": "#c44e52",

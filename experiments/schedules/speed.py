@@ -27,8 +27,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pdjax.schedules import ALGORITHMS, Algorithm, Schedule, validate
-from pdjax.simulator import StageCost, simulate
-from pdjax.topology import Level, Topology
+from pdjax.simulate import StageCost, simulate
+from pdjax.topology.topology import Level, Topology
 
 _COLORS = ("#3b6fb6", "#c4622d", "#2e7d32", "#6b5b95", "#8c564b", "#d4a017", "#17a2b8", "#777777")
 Made = TypeVar("Made")

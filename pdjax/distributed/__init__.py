@@ -7,7 +7,7 @@ no Python, but not one whose main thread alone waits for something that never co
 """
 
 from pdjax.distributed.peers import Peers as Peers
-from pdjax.distributed.starting import current as current
-from pdjax.distributed.starting import initialize as initialize
-from pdjax.distributed.starting import is_needed as is_needed
-from pdjax.distributed.starting import shutdown as shutdown
+from pdjax.distributed.startup import current as current
+from pdjax.distributed.startup import initialize as initialize
+from pdjax.distributed.startup import is_needed as is_needed
+from pdjax.distributed.startup import shutdown as shutdown

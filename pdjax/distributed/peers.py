@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+from pdjax.distributed.connections import Mesh
+from pdjax.distributed.heartbeat import Pulse
 from pdjax.distributed.members import Member
-from pdjax.distributed.mesh import Mesh
-from pdjax.distributed.pulse import Pulse
 from pdjax.errors import ClusterError
 
 _FOLLOW_UP_S = 0.5

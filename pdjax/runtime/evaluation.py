@@ -7,15 +7,16 @@ from typing import Any
 
 from jax.sharding import Sharding
 
-from pdjax import jaxprs, schedules
-from pdjax.differentiate import forward_only
-from pdjax.jaxprs import Var
-from pdjax.runtime.intake import Intake, Slicing
-from pdjax.runtime.placed import Values, placed
-from pdjax.runtime.results import Results
+from pdjax import schedules
+from pdjax.communication.transport import Transport
+from pdjax.runtime.metrics import Results
+from pdjax.runtime.microbatches import Intake, Slicing
 from pdjax.runtime.stage import OutputIndex
-from pdjax.runtime.transport import Transport
-from pdjax.split import StageSplit
+from pdjax.split.differentiate import forward_only
+from pdjax.split.stages import StageSplit
+from pdjax.trace import jaxprs
+from pdjax.trace.jaxprs import Var
+from pdjax.trace.jit import Values, placed
 
 
 class Evaluation:

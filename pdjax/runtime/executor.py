@@ -27,21 +27,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from pdjax.runtime.divided import Held
+from pdjax.communication.all_reduce import MeanOfState, Reduce
+from pdjax.communication.ring import RingReduce
+from pdjax.communication.transport import Transport
 from pdjax.runtime.inputs import Given, Reads
-from pdjax.runtime.passes import InstructionKind, Passes
-from pdjax.runtime.placed import Values, total
-from pdjax.runtime.places import Places
-from pdjax.runtime.reduce import MeanOfState, Reduce
-from pdjax.runtime.ring import RingReduce
+from pdjax.runtime.programs import InstructionKind, Passes
+from pdjax.runtime.replica_map import Places
 from pdjax.runtime.stage import OutputIndex
+from pdjax.runtime.stage_input_weight import Held
 from pdjax.runtime.state import Feed, Kept, Run, StageState, Step
-from pdjax.runtime.transport import Transport
 from pdjax.runtime.update import Pack, UpdateRunner
 from pdjax.schedules import Schedule
 from pdjax.schedules.phases import reach
 from pdjax.schedules.versions import delay_of
-from pdjax.weights import WeightRule
+from pdjax.schedules.weight_rule import WeightRule
+from pdjax.trace.jit import Values, total
 
 Observer = Callable[[InstructionKind, int, int, Any], None]
 """Is told of every program dispatched: what, place, microbatch, and the arrays it makes."""

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pdjax import jaxprs
-from pdjax.differentiate import StagePrograms
-from pdjax.jaxprs import Atom
-from pdjax.program import Program
-from pdjax.runtime.placed import Values, total
+from pdjax.split.differentiate import StagePrograms
+from pdjax.trace import jaxprs
+from pdjax.trace.jaxprs import Atom
+from pdjax.trace.jit import Values, total
+from pdjax.trace.program import Program
 
 
 class Given(NamedTuple):

@@ -18,11 +18,11 @@ from typing import Any, cast
 import jax
 
 from pdjax.distributed import Peers
-from pdjax.runtime.passes import InstructionKind
-from pdjax.runtime.places import Places
+from pdjax.runtime.programs import InstructionKind
+from pdjax.runtime.replica_map import Places
 from pdjax.schedules import Action, Schedule
 from pdjax.schedules.schedule import ActionKind, inputs_of
-from pdjax.timeline import Span, Timeline
+from pdjax.timeline.timeline import Span, Timeline
 
 
 @dataclass

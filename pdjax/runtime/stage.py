@@ -9,14 +9,14 @@ from typing import Any
 import jax
 from jax.sharding import Sharding
 
-from pdjax.differentiate import StagePrograms
-from pdjax.jaxprs import Atom
-from pdjax.program import Program
-from pdjax.runtime.divided import DividedRunner
 from pdjax.runtime.inputs import Given, StageInputs, shapes
 from pdjax.runtime.inputs import Reads as Reads
-from pdjax.runtime.placed import Values, accumulate, placed
+from pdjax.runtime.stage_input_weight import DividedRunner
 from pdjax.runtime.update import UpdateRunner
+from pdjax.split.differentiate import StagePrograms
+from pdjax.trace.jaxprs import Atom
+from pdjax.trace.jit import Values, accumulate, placed
+from pdjax.trace.program import Program
 
 
 class StageRunner:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pdjax.runtime.inputs import Given
-from pdjax.runtime.passes import InstructionKind, Passes
-from pdjax.runtime.placed import Values
+from pdjax.runtime.programs import InstructionKind, Passes
+from pdjax.trace.jit import Values
 
 
 class Kept(NamedTuple):

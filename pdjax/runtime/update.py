@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from pdjax import jaxprs
-from pdjax.jaxprs import Atom
-from pdjax.optimizer import UpdateSplit
-from pdjax.runtime.placed import Values, placed, total
+from pdjax.split.optimizer import UpdateSplit
+from pdjax.trace import jaxprs
+from pdjax.trace.jaxprs import Atom
+from pdjax.trace.jit import Values, placed, total
 
 _PACKED = 64  # elements up to which values travel together in one array
 

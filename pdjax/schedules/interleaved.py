@@ -2,8 +2,8 @@
 
 from itertools import pairwise
 
+from pdjax.schedules.building import alternate
 from pdjax.schedules.chunks import num_workers_of
-from pdjax.schedules.round_robin import alternate
 from pdjax.schedules.schedule import Action, ActionKind, Schedule
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pdjax.schedules.round_robin import alternate, in_turns, replicas_of, warm_ups
+from pdjax.schedules.building import alternate, in_turns, replicas_of, warm_ups
 from pdjax.schedules.schedule import Action, Schedule
 
 

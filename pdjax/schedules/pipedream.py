@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from pdjax.schedules.round_robin import replicas_of, warm_ups
+from pdjax.schedules.building import replicas_of, warm_ups
 from pdjax.schedules.schedule import Action, Schedule
 
 

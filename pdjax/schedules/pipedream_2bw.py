@@ -1,6 +1,6 @@
 """PipeDream-2BW: never flushed, an update for each minibatch, two versions of the weights."""
 
-from pdjax.schedules.round_robin import warm_ups
+from pdjax.schedules.building import warm_ups
 from pdjax.schedules.schedule import Action, Schedule
 
 

@@ -17,7 +17,7 @@ from pdjax.schedules.phases import dispatch_phases
 from pdjax.schedules.schedule import Action, ActionKind, Schedule, ScheduleError
 from pdjax.schedules.text import failure
 from pdjax.schedules.versions import delay_of, versions_read
-from pdjax.weights import LATEST, WeightRule
+from pdjax.schedules.weight_rule import LATEST, WeightRule
 
 
 def validate(schedule: Schedule, rule: WeightRule) -> None:

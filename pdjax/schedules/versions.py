@@ -12,7 +12,7 @@ import numpy as np
 
 from pdjax.schedules.columns import B, Columns, F, I, U, W
 from pdjax.schedules.schedule import Action, Schedule
-from pdjax.weights import WeightRule
+from pdjax.schedules.weight_rule import WeightRule
 
 
 def delay_of(rule: WeightRule, schedule: Schedule) -> int | None:

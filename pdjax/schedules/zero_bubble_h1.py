@@ -1,6 +1,6 @@
 """Zero bubble, first handcrafted form: the memory of 1F1B, a third of its bubble."""
 
-from pdjax.schedules.round_robin import alternate, in_turns
+from pdjax.schedules.building import alternate, in_turns
 from pdjax.schedules.schedule import Action, Schedule
 
 

@@ -1,0 +1,1 @@
+"""Arrays from stage to stage, and sums over replicas, in one process and between processes."""

@@ -1,0 +1,133 @@
+"""What a `Pipeline` was made with, and how a plan and a batch complete it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import optax
+from jax.sharding import Sharding
+
+from pdjax.pipeline.arguments import AUTO
+from pdjax.pipeline.batch import default_num_microbatches
+from pdjax.plan import Plan
+from pdjax.profile.profile import Profile
+from pdjax.schedules import ALGORITHMS, Schedule, find_algorithm, validate
+from pdjax.schedules.weight_rule import LATEST, STASH, WeightRule
+from pdjax.split.differentiate import Remat
+from pdjax.topology.topology import Topology
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a `Pipeline` was made with; see there.
+
+    Attributes:
+        placements: where workers may be placed.
+        devices_given: whether the user said so.
+        num_stages: how many there are; None if the plan is to say.
+        num_chunks: stages on each worker; None for what is usual under the schedule.
+        straight: whether an automatic plan must not replicate stages; None for what is usual.
+    """
+
+    loss_fn: Callable[..., Any]
+    optimizer: optax.GradientTransformation
+    schedule: str | Schedule
+    weight_rule: WeightRule | None
+    placements: tuple[Sharding, ...]
+    devices_given: bool
+    num_stages: int | None
+    num_chunks: int | None
+    straight: bool | None
+    num_microbatches: int | None
+    plan: Plan | tuple[str, ...] | Literal["auto", "balanced"]
+    topology: Topology | None
+    profile: Profile | None
+    eval_loss_fn: Callable[..., Any]
+    batch_axes: Any
+    weighted_loss: bool
+    remat: Remat | Sequence[Remat] | None
+    state_update: Literal["microbatch", "minibatch"]
+    allow_stale: bool
+    run_ahead: int | None
+    nonfinite: Literal["raise", "ignore"]
+
+    def for_plan(self, plan: Plan) -> Settings:
+        """The settings with all that a plan decides."""
+        return replace(self, plan=plan, num_stages=plan.num_stages)
+
+    def for_processes(self, several: bool) -> Settings:
+        """The settings with whether an automatic plan is straight, also if nobody said so."""
+        return replace(self, straight=is_straight(self.straight, several))
+
+    def for_batch(self, batch_size: int) -> Settings:
+        """The settings with the number of microbatches, for minibatches of `batch_size`."""
+        if self.num_microbatches is not None or not isinstance(self.schedule, str):
+            return self
+        count = 1
+        if self.schedule == AUTO or find_algorithm(self.schedule).divides:
+            stages = self.num_stages or len(self.placements) * self.chunks
+            count = default_num_microbatches(batch_size, stages // self.chunks)
+        return replace(self, num_microbatches=count)
+
+    @property
+    def flushes(self) -> bool:
+        """Whether the pipeline is empty after each minibatch."""
+        if isinstance(self.schedule, Schedule):
+            return self.schedule.flushes
+        return self.schedule != AUTO and not find_algorithm(self.schedule).stale
+
+    @property
+    def chunks(self) -> int:
+        """Stages on each worker of a schedule that is known by its name."""
+        if isinstance(self.schedule, Schedule) or self.schedule == AUTO:
+            return 1
+        return self.num_chunks or find_algorithm(self.schedule).num_chunks
+
+
+def place_stages(plan: Plan, schedule: Schedule, placements: Sequence[Sharding]) -> list[Sharding]:
+    """For each stage, and each of its replicas, where it is: as was planned, if that is there.
+
+    Where workers run several stages, or none was planned, the schedule's workers are the first of
+    `placements`.
+    """
+    planned = [worker for stage in plan.stages for worker in stage.workers]
+    there = planned and max(planned) < len(placements)
+    if not there or plan.replicas != schedule.replicas or len(schedule.workers) < len(planned):
+        planned = [worker for held in schedule.holders for worker in held]
+    return [placements[worker] for worker in planned]
+
+
+def make_schedule(settings: Settings) -> tuple[Schedule, WeightRule]:
+    """The validated schedule and weight rule, once all is decided."""
+    schedule = settings.schedule
+    assert settings.num_stages is not None, "the plan has said how many"
+    if isinstance(schedule, str):
+        algorithm = find_algorithm(schedule)
+        rule = settings.weight_rule or algorithm.weight_rule
+        count = settings.num_microbatches or 1
+        plan = settings.plan
+        replicas = plan.replicas if isinstance(plan, Plan) else None
+        made = algorithm.make(settings.num_stages, count, settings.num_chunks, replicas)
+        schedule = replace(made, name=schedule)
+    else:
+        usual = LATEST if schedule.flushes else STASH
+        if schedule.name in ALGORITHMS:
+            usual = ALGORITHMS[schedule.name].weight_rule
+        rule = settings.weight_rule or usual
+    validate(schedule, rule)
+    return schedule, rule
+
+
+def is_straight(told: bool | None, several: bool) -> bool:
+    """Whether an automatic plan must not replicate stages.
+
+    Devices of one process share its memory, and on a CPU its cores, so that replicas bring little
+    there. Those of several processes are usually on several hosts.
+
+    Args:
+        told: what the user said, if anything.
+        several: whether there are several processes.
+    """
+    return not several if told is None else told

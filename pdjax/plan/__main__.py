@@ -1,0 +1,128 @@
+"""`python -m pdjax.plan`: the fastest pipeline for a model on some machines."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from pdjax.cli import run_command
+from pdjax.pipeline.arguments import taking_key
+from pdjax.plan import Plan, PlanOptions, plan_pipeline
+from pdjax.plan.figure import save_plan
+from pdjax.profile.files import load_profile
+from pdjax.profile.measure import estimate, measure
+from pdjax.profile.profile import Profile
+from pdjax.profile.rates import find_rates
+from pdjax.task import make_task
+from pdjax.topology.topology import Topology
+from pdjax.trace.layers import LayerGraph, build_graph
+from pdjax.train.config import PlanConfig, TrainConfig
+
+_BATCH_SIZE = 32
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 2 for arguments that make no sense."""
+    return run_command("pdjax.plan", PlanConfig, plan_model, arguments)
+
+
+def plan_model(config: PlanConfig, console: Console) -> Plan:
+    """Plans as `config` says; writes the files that it names.
+
+    Raises:
+        ValueError: if the configuration makes no sense or nothing fits; nothing is written then.
+    """
+    topology, options = Topology.parse(config.topology), _options(config)
+    _check_outputs(config)
+    profile = _profile(config)
+    plan = plan_pipeline(profile, topology, options)
+    console.print(_heading(config, profile), markup=False)
+    console.print(f"{plan}", markup=False)
+    for path, save in (
+        (config.save_profile, profile.save),
+        (config.output, plan.save),
+        (config.picture, lambda path: save_plan(plan, profile, path)),
+    ):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save(path)
+            console.print(f"wrote {path}", markup=False)
+    return plan
+
+
+def _options(config: PlanConfig) -> PlanOptions:
+    return PlanOptions(
+        schedule=config.schedule,
+        num_microbatches=config.num_microbatches,
+        num_stages=config.num_stages,
+        straight=config.straight,
+        remat=config.remat,
+        optimizer_bytes_per_param_byte=config.optimizer_bytes_per_param_byte,
+        overlap=config.overlap,
+        sync=config.sync,
+    )
+
+
+def _check_outputs(config: PlanConfig) -> None:
+    for name in ("output", "picture", "save_profile"):
+        path: Path | None = getattr(config, name)
+        if path is not None and path.is_dir():
+            raise ValueError(f"--{name.replace('_', '-')} {path} is a directory; expected a file.")
+    if config.picture is not None and config.picture.suffix not in (".png", ".svg"):
+        raise ValueError(f"--picture {config.picture}; expected a name that ends in .png or .svg.")
+
+
+def _heading(config: PlanConfig, profile: Profile) -> str:
+    what = config.model or config.profile
+    size = "" if profile.batch_size is None else f", {profile.batch_size} examples a microbatch"
+    where = f" for {profile.device}" if profile.device else ""
+    return (
+        f"{what}: {len(profile.layers)} layers, {profile.source}{where}{size}; "
+        f"{config.schedule} on {config.topology}\n"
+    )
+
+
+def _profile(config: PlanConfig) -> Profile:
+    if (config.profile is None) == (config.model is None):
+        raise ValueError("expected one of --profile FILE and --model NAME.")
+    if config.profile is not None:
+        profile = load_profile(config.profile)
+        return profile if config.batch_size is None else profile.rescaled(config.batch_size)
+    batch_size = _BATCH_SIZE if config.batch_size is None else config.batch_size
+    if batch_size < 1:
+        raise ValueError(f"--batch-size {batch_size}: expected at least 1.")
+    rates = None if config.rates is None else find_rates(config.rates)
+    graph = _graph(config, batch_size)
+    if rates is not None:
+        return estimate(graph, rates, batch_size=batch_size)
+    return measure(graph, batch_size=batch_size, device=jax.local_devices()[0], progress=True)
+
+
+def _graph(config: PlanConfig, batch_size: int) -> LayerGraph:
+    task = make_task(
+        TrainConfig(
+            model=config.model or "",
+            sequence_length=config.sequence_length,
+            model_fields=config.model_fields,
+        ),
+        initial="shapes",
+    )
+
+    def many(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch_size, *leaf.shape), leaf.dtype)
+
+    return build_graph(
+        taking_key(task.loss_fn, task.model_state is not None),
+        task.params,
+        jax.tree.map(many, task.dataset.train[0]),
+        jax.random.key(0),
+        model_state=task.model_state,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

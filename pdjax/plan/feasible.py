@@ -1,0 +1,300 @@
+"""Whether a plan takes at most a given time, and which one.
+
+Parts are laid from the last layer to the first. For every number of units, all that is worth going
+on with is kept (see `frontier`). A part of an outer level is laid as a pipeline of its own on the
+units inside. Everything works on tables of rows at once.
+
+Nothing here imports JAX.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from pdjax.plan.cost_model import Part
+from pdjax.plan.feasible_stages import StageLaying, num_levels
+from pdjax.plan.lookup import Tables, every_first, first_true, quick_enough
+from pdjax.plan.pareto import (
+    COUNT,
+    DEMAND,
+    FIRST,
+    INNER,
+    NOTHING,
+    ORIGIN,
+    PARENT,
+    Rows,
+    Trail,
+    join,
+    make_rows,
+    one_of_each,
+    worth_keeping,
+)
+
+_WIDEST = np.finfo(float).max  # below the infinite width of a cut that is not allowed
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What kind of plan is looked for.
+
+    Attributes:
+        straight: whether to replicate nothing.
+        num_stages: exactly how many stages; None for any number.
+        charges_memory: whether the plan must fit.
+        extra_bytes: how much larger every memory is taken to be.
+    """
+
+    straight: bool = False
+    num_stages: int | None = None
+    charges_memory: bool = True
+    extra_bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Where a pipeline is laid, for each of the starts that it goes on from.
+
+    Attributes:
+        level: of its units.
+        outer: how many replicas the whole pipeline has.
+        bases: the first worker of each of these replicas.
+        elsewhere: number of workers on outer levels that are left for what comes before.
+        limit_s: seconds that it may take: one number, or one for each start.
+        at_least: for each start the first layer that it may reach.
+        widths: for each level from this one on, and each start, the widest cut.
+    """
+
+    level: int
+    outer: int
+    bases: tuple[int, ...]
+    elsewhere: int
+    limit_s: float | np.ndarray
+    at_least: np.ndarray
+    widths: np.ndarray
+
+    def limit_of(self, starts: np.ndarray) -> float | np.ndarray:
+        """Seconds that a pipeline may take, for some of the starts."""
+        return self.limit_s[starts] if isinstance(self.limit_s, np.ndarray) else self.limit_s
+
+
+class Laying:
+    """Looks for a plan that takes at most `limit_s`.
+
+    Args:
+        tables: the layers and the workers.
+        limit_s: seconds for each microbatch.
+        wish: what kind of plan.
+    """
+
+    def __init__(self, tables: Tables, limit_s: float, wish: Wish) -> None:
+        self.tables, self.costs, self.wish = tables, tables.costs, wish
+        self._limit_s = limit_s
+        self._trail = Trail()
+        self._within: dict[tuple[float, int, bool], np.ndarray] = {}
+        counts = [level.num_units for level in self.costs.topology.levels]
+        self._unit_size = [math.prod(counts[:level]) for level in range(len(counts))]
+        # Where all workers are alike, those that a plan does not need may as well be the first.
+        self._leaves_idle = len(set(self.costs.topology.memory_bytes)) > 1
+
+    def run(self) -> tuple[Part, ...] | None:
+        """The plan, or None if there is none."""
+        top = len(self.costs.topology.levels) - 1
+        start = make_rows(1, first=self.costs.num_layers, parent=NOTHING, inner=NOTHING)
+        widths = self._widths(np.array([self._limit_s]), top, np.empty((0, 1)))
+        frame = _Frame(top, 1, (0,), 0, self._limit_s, np.zeros(1, np.int64), widths)
+        for rows in self._pipeline(start, frame):
+            done = rows[rows[:, FIRST] == 0]
+            if self.wish.num_stages is not None:
+                done = done[done[:, COUNT] == self.wish.num_stages]
+            if len(done):
+                return self._trail.parts(int(self._trail.add(done[:1])[0]))
+        return None
+
+    def _widths(self, limit_s: np.ndarray, level: int, outer: np.ndarray) -> np.ndarray:
+        """The widest cuts of a level, put before those of the outer levels."""
+        own = np.full(len(limit_s), _WIDEST)
+        if self.costs.cost.activations:
+            bandwidth = self.costs.topology.levels[level].bandwidth_bytes_per_s
+            own = np.minimum(limit_s * bandwidth / 2, _WIDEST)
+        return np.concatenate([own[None], outer])
+
+    # -------- pipelines
+
+    def _pipeline(self, starts: Rows, frame: _Frame) -> Iterator[Rows]:
+        """All that is worth laying before some starts, for each number of units."""
+        units = self.costs.topology.levels[frame.level].num_units
+        begin = starts.copy()
+        begin[:, ORIGIN] = np.arange(len(starts))
+        kept: list[list[Rows]] = [[] for _ in range(units + 1)]
+        kept[0] = [begin]
+        for used in range(units + 1):
+            left = (units - used) * self._unit_size[frame.level] * frame.outer
+            rows = self._prune(join(kept[used]), left + frame.elsewhere, frame)
+            laid = rows[:, FIRST] < starts[rows[:, ORIGIN], FIRST]
+            if laid.any():
+                yield rows[laid]
+            if used == units or not len(rows):
+                continue
+            if self._leaves_idle:
+                kept[used + 1].append(rows)
+            # A cut of this level before the next part; the starts were cut on an outer one.
+            narrow = self.costs.width_bytes[rows[:, FIRST]] <= frame.widths[0, rows[:, ORIGIN]]
+            open_ = (narrow | ~laid) & (rows[:, FIRST] > frame.at_least[rows[:, ORIGIN]])
+            ready, begun = rows[open_], laid[open_]
+            if not len(ready):
+                continue
+            numbers = np.full(len(ready), NOTHING)
+            numbers[begun] = self._trail.add(ready[begun])
+            for m, more in self._parts(ready, numbers, used, frame):
+                kept[used + m].append(more)
+
+    def _prune(self, rows: Rows, num_workers: int, frame: _Frame) -> Rows:
+        """The rows worth going on with, on `num_workers` that are left."""
+        if math.isfinite(self._limit_s):  # what is left to do must fit into the time of those
+            most_s = self._limit_s * num_workers * (1 + 1e-9)
+            rows = rows[self.costs.compute_s[rows[:, FIRST]] <= most_s]
+        if self.wish.num_stages is None:
+            burden = self.tables.burden_rank[rows[:, FIRST]] * self.wish.charges_memory
+            widths = frame.widths[:, rows[:, ORIGIN]]
+            return worth_keeping(rows, burden, num_levels(self.costs, rows[:, FIRST], widths))
+        left = self.wish.num_stages - rows[:, COUNT]
+        hopeful = np.where(left == 0, rows[:, FIRST] == 0, rows[:, FIRST] >= left)
+        return one_of_each(rows[hopeful & (left >= 0)])
+
+    def _parts(
+        self, ready: Rows, numbers: np.ndarray, used: int, frame: _Frame
+    ) -> Iterator[tuple[int, Rows]]:
+        """One part more before each row, for each number of units; `numbers` are the rows' own."""
+        free = self.costs.topology.levels[frame.level].num_units - used
+        replicas = range(1, 2 if self.wish.straight else free + 1)
+        if frame.level == 0:
+            yield from self._stages(ready, numbers, replicas, free, frame)
+            return
+        for m in replicas:
+            lay = self._nested if self.costs.cost.overlap else self._nested_sum
+            for inner, origin in lay(ready, m, free - m, frame):
+                more = make_rows(
+                    len(inner),
+                    origin=ready[origin, ORIGIN],
+                    first=inner[:, FIRST],
+                    demand=inner[:, DEMAND],
+                    count=inner[:, COUNT],
+                    parent=numbers[origin],
+                    stop=ready[origin, FIRST],
+                    replicas=m,
+                    unit=free - m,
+                    inner=self._trail.add(inner),
+                )
+                yield m, more
+
+    def _inside(
+        self, m: int, unit: int, frame: _Frame, limit_s: Any, at_least: Any, origin: Any
+    ) -> _Frame:
+        """The frame of a pipeline on the units inside of `m` units of `frame`."""
+        each = np.broadcast_to(np.asarray(limit_s, float), (len(origin),))
+        widths = self._widths(each, frame.level - 1, frame.widths[:, origin])
+        bases = self.costs.units(frame.level, unit, m, frame.bases)
+        left = frame.elsewhere + unit * self._unit_size[frame.level] * frame.outer
+        return _Frame(frame.level - 1, frame.outer * m, bases, left, limit_s, at_least, widths)
+
+    def _nested(
+        self, ready: Rows, m: int, unit: int, frame: _Frame
+    ) -> Iterator[tuple[Rows, np.ndarray]]:
+        """Pipelines inside `m` units, and for each the row that it goes on from."""
+        origin, stop = ready[:, ORIGIN], ready[:, FIRST]
+        limit_s = frame.limit_of(origin) * m
+        synced = first_true(
+            lambda i: self.costs.sync_s(i, stop, m, frame.level, frame.outer) <= limit_s, stop
+        )
+        at_least = np.maximum(synced, frame.at_least[origin])
+        inside = self._inside(m, unit, frame, limit_s, at_least, origin)
+        starts = ready.copy()
+        starts[:, PARENT] = starts[:, INNER] = NOTHING
+        for rows in self._pipeline(starts, inside):
+            yield rows, rows[:, ORIGIN]
+
+    def _nested_sum(
+        self, ready: Rows, m: int, unit: int, frame: _Frame
+    ) -> Iterator[tuple[Rows, np.ndarray]]:
+        """The same where the all-reduce is added: how much is left depends on where it begins.
+
+        So every first layer is tried, with the time that its parameters leave.
+        """
+        index, first = every_first(frame.at_least[ready[:, ORIGIN]], ready[:, FIRST])
+        origin, stop = ready[index, ORIGIN], ready[index, FIRST]
+        sync = self.costs.sync_s(first, stop, m, frame.level, frame.outer)
+        left = frame.limit_of(origin) * m - sync
+        able = left >= 0
+        index, first, origin, left = index[able], first[able], origin[able], left[able]
+        inside = self._inside(m, unit, frame, left, first, origin)
+        starts = ready[index]
+        starts[:, PARENT] = starts[:, INNER] = NOTHING
+        for rows in self._pipeline(starts, inside):
+            exact = rows[rows[:, FIRST] == first[rows[:, ORIGIN]]]
+            yield exact, index[exact[:, ORIGIN]]
+
+    # -------- stages
+
+    def _stages(
+        self, ready: Rows, numbers: np.ndarray, replicas: range, free: int, frame: _Frame
+    ) -> Iterator[tuple[int, Rows]]:
+        """One stage more before each row, for all numbers of units at once."""
+        row = np.repeat(np.arange(len(ready)), len(replicas))
+        m = np.tile(np.array(replicas), len(ready))
+        limits = np.array([self._limit_bytes(each, free, frame) for each in replicas])
+        stages = StageLaying(
+            self.tables,
+            ready[row],
+            replicas=m * frame.outer,
+            limit_bytes=limits[m - replicas[0]] if self.wish.charges_memory else None,
+            widths=frame.widths[:, ready[row, ORIGIN]],
+            first_in_time=lambda remat: np.maximum(
+                self._in_time(m, ready[row], frame, remat), frame.at_least[ready[row, ORIGIN]]
+            ),
+        )
+        found = stages.narrowing() if self.wish.num_stages is None else stages.everywhere()
+        index, first, remat = (np.concatenate(column) for column in zip(*found, strict=True))
+        order = np.argsort(m[index], kind="stable")
+        index, first, remat = index[order], first[order], remat[order]
+        more = make_rows(
+            len(index),
+            origin=ready[row[index], ORIGIN],
+            first=first,
+            demand=stages.demand[index],
+            count=ready[row[index], COUNT] + (self.wish.num_stages is not None),
+            parent=numbers[row[index]],
+            stop=ready[row[index], FIRST],
+            replicas=m[index],
+            unit=free - m[index],
+            remat=remat,
+            inner=NOTHING,
+        )
+        bounds = np.searchsorted(m[index], [*replicas, replicas[-1] + 1])
+        for each, (start, stop) in zip(replicas, pairwise(bounds), strict=True):
+            if start < stop:
+                yield each, more[start:stop]
+
+    def _limit_bytes(self, m: int, free: int, frame: _Frame) -> float:
+        workers = self.costs.units(0, free - m, m, frame.bases)
+        return self.costs.limit_bytes(workers) + self.wish.extra_bytes
+
+    def _in_time(self, m: np.ndarray, rows: Rows, frame: _Frame, remat: bool) -> np.ndarray:
+        """For each row the first layer from which a stage on `m` workers is quick enough."""
+        limit_s, stop = frame.limit_of(rows[:, ORIGIN]), rows[:, FIRST]
+        if isinstance(limit_s, np.ndarray):
+            return quick_enough(self.costs, m, frame.outer, stop, limit_s, remat)
+        key = limit_s, frame.outer, remat
+        if key not in self._within:
+            units = self.costs.topology.levels[0].num_units
+            shape = units, self.costs.num_layers + 1
+            each, every = np.indices(shape)
+            self._within[key] = quick_enough(
+                self.costs, each + 1, frame.outer, every, limit_s, remat
+            )
+        return self._within[key][m - 1, stop]

@@ -1,0 +1,109 @@
+"""What each place holds before the first step: weights, optimizer state, mutable state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import optax
+from jax.sharding import Sharding
+
+from pdjax.runtime.state import StageState
+from pdjax.split.optimizer import StageUpdate, init_program
+from pdjax.trace import inline, jaxprs
+from pdjax.trace.inline import FlatProgram
+from pdjax.trace.jit import Values, placed
+from pdjax.trace.program import Program
+from pdjax.trees import is_function, place
+
+
+class Starter:
+    """Makes what places hold, each leaf where it lives and nowhere else.
+
+    Args:
+        optimizer: the optimizer.
+        shapes: the shapes of the parameters.
+        params: the parameters, or a function that makes them.
+        model_state: the mutable state, or a function that makes it.
+    """
+
+    def __init__(
+        self,
+        optimizer: optax.GradientTransformation,
+        shapes: Any,
+        params: Any,
+        model_state: Any,
+    ) -> None:
+        self._params, self._state = _source(params), _source(model_state)
+        self._init, _ = init_program(optimizer, shapes)
+
+    def start(self, mine: StageUpdate, state: Sequence[int], placement: Sharding) -> StageState:
+        """What one place holds.
+
+        Args:
+            mine: the update of its stage.
+            state: which leaves of the mutable state it holds.
+            placement: where it is.
+        """
+        weights = self._params.take(mine.params, placement)
+        model = dict(zip(state, self._state.take(state, placement), strict=True))
+        return StageState(weights, self._optimizer_state(mine, weights, placement), model)
+
+    def _optimizer_state(self, mine: StageUpdate, weights: Values, placement: Sharding) -> Values:
+        init = self._init
+        program = _slice(init, mine.state)
+        values = dict(zip((init.invars[i] for i in mine.params), weights, strict=True))
+        values |= zip(init.constvars, init.consts, strict=True)
+        others = [i for i, var in enumerate(init.invars) if var in set(program.reads) - set(values)]
+        read = zip(others, self._params.take(others, placement), strict=True)
+        values |= {init.invars[i]: leaf for i, leaf in read}
+        return _run(program, values, placement)
+
+
+class _Source(Protocol):
+    def take(self, indices: Sequence[int], placement: Sharding) -> Values:
+        """Some of the leaves, at a place."""
+        ...
+
+
+class _Given:
+    def __init__(self, tree: Any) -> None:
+        self._leaves = jax.tree.leaves(tree)
+
+    def take(self, indices: Sequence[int], placement: Sharding) -> Values:
+        return tuple(place(self._leaves[i], placement) for i in indices)
+
+
+class _Made:
+    """Leaves that a function makes: what makes the others is not run."""
+
+    def __init__(self, program: FlatProgram) -> None:
+        self._program = program
+
+    def take(self, indices: Sequence[int], placement: Sharding) -> Values:
+        made = self._program
+        values = dict(zip(made.constvars, made.consts, strict=True))
+        return _run(_slice(made, indices), values, placement) if indices else ()
+
+
+def _source(given: Any) -> _Source:
+    if is_function(given):
+        return _Made(inline.trace(given)[0])
+    return _Given(given)
+
+
+def _slice(program: FlatProgram, indices: Sequence[int]) -> Program:
+    """What makes some of a program's outputs."""
+    wanted = tuple(program.outvars[i] for i in indices)
+    kept = jaxprs.needed(program.equations, wanted)
+    return Program(tuple(program.equations[i] for i in kept), {"made": wanted})
+
+
+def _run(program: Program, values: dict[Any, Any], placement: Sharding) -> Values:
+    reads = program.reads
+
+    def run(read: Values) -> Values:
+        return program.run(dict(zip(reads, read, strict=True)))["made"]
+
+    return placed(run, placement)(tuple(values[var] for var in reads))

@@ -1,0 +1,143 @@
+"""A schedule laid out for the simulator: its actions, their messages and all-reduces as tasks.
+
+Nothing here imports JAX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+
+from pdjax.schedules import Schedule
+from pdjax.schedules.columns import B, Columns, I, W
+from pdjax.schedules.schedule import Action
+from pdjax.schedules.text import failure
+from pdjax.simulate.all_reduces import reduces_of
+from pdjax.simulate.events import Tasks, Times, run
+from pdjax.simulate.messages import Messages, messages_between
+from pdjax.simulate.network import check_workers, route
+from pdjax.simulate.stage_cost import StageCost, check_costs
+from pdjax.topology.topology import Topology
+
+
+class LaidOut:
+    """A schedule written out on some workers.
+
+    The first tasks are the actions, by their positions in the columns; each worker is a lane. The
+    all-reduces of each stage follow, a lane for each stage that has replicas.
+
+    Args:
+        schedule: the schedule.
+        columns: the same written out.
+        costs: of each stage.
+        topology: how the workers are joined; None if transfers take no time.
+        workers: for each worker its number in the topology; None if it is the same.
+
+    Attributes:
+        columns: the actions.
+        reduces: the all-reduces of each stage that has replicas.
+        lane: for each task its lane.
+        messages: what tasks send each other, by the task that sends.
+        travels: which messages go to another worker and have any bytes.
+
+    Raises:
+        ValueError: if the costs or the workers are not for this schedule.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        columns: Columns,
+        costs: Sequence[StageCost],
+        topology: Topology | None,
+        workers: Sequence[int] | None,
+    ) -> None:
+        check_costs(costs, schedule.num_stages)
+        self.costs, self.topology, self.columns = costs, topology, columns
+        self.places = check_workers(workers, columns.num_workers, topology)
+        self.reduces = reduces_of(columns, costs, schedule.holders, self.places, topology)
+        rounds = [len(reduces.microbatch) for reduces in self.reduces]
+        self.firsts = list(accumulate(rounds, initial=len(columns)))[:-1]
+        own = np.arange(len(rounds)) + columns.num_workers
+        self.lane = np.concatenate([columns.worker, np.repeat(own, rounds)])
+        found = [messages_between(columns, costs)]
+        found += [
+            each.messages(first) for each, first in zip(self.reduces, self.firsts, strict=True)
+        ]
+        messages = Messages.joined(found)
+        self.messages = messages.taken(np.argsort(messages.source, kind="stable"))
+        source, target = self.lane[self.messages.source], self.lane[self.messages.target]
+        self.travels = (self.messages.num_bytes > 0) & (source != target)
+
+    def times(self) -> Times:
+        """When everything happens.
+
+        Raises:
+            ScheduleError: if an action waits for ever.
+        """
+        times = run(self._tasks())
+        stuck = [task for task in times.stuck if task < len(self.columns)]
+        if stuck:
+            rows = [tuple(map(Action._make, row)) for row in self.columns.rows()]
+            actions = [action for row in rows for action in row]
+            first = actions[stuck[0]]
+            raise failure(f"{first} waits for ever", rows, first)
+        return times
+
+    @property
+    def busy_s(self) -> float:
+        """How long all workers together compute, in seconds."""
+        return float(self._seconds()[: len(self.columns)].sum())
+
+    @property
+    def sent_bytes(self) -> float:
+        """What all workers together send."""
+        rounds = (len(r.microbatch) * len(r.workers) * r.num_bytes for r in self.reduces)
+        return float(self.messages.num_bytes[self.travels].sum()) + sum(rounds)
+
+    def _tasks(self) -> Tasks:
+        link, travel_s, shared = self._links()
+        return Tasks(
+            self.lane,
+            self._seconds(),
+            np.bincount(self.messages.target, minlength=len(self.lane)) + self._in_vain(),
+            self.columns.num_workers + len(self.reduces),
+            self.messages.source,
+            self.messages.target,
+            link,
+            travel_s,
+            shared,
+        )
+
+    def _seconds(self) -> np.ndarray:
+        """How long each task takes."""
+        each = np.array([cost.seconds for cost in self.costs], float)
+        rounds = [np.full(len(r.microbatch), r.seconds) for r in self.reduces]
+        return np.concatenate([each[self.columns.stage, self.columns.kind], *rounds])
+
+    def _links(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For each message its link and how long it takes; whether links are shared."""
+        link = np.full(len(self.travels), -1)
+        travel_s = np.zeros(len(self.travels))
+        if self.topology is None:
+            return link, travel_s, np.zeros(0, bool)
+        sent = self.messages.taken(self.travels)
+        source, target = self.lane[sent.source], self.lane[sent.target]
+        way = route(self.topology, self.places[source], self.places[target])
+        link[self.travels] = way.link
+        travel_s[self.travels] = sent.num_bytes / way.bytes_per_s
+        senders = np.unique(way.link * self.columns.num_workers + source)
+        return link, travel_s, np.bincount(senders // self.columns.num_workers) > 1
+
+    def _in_vain(self) -> np.ndarray:
+        """1 for each task that needs what its own worker has not done before it."""
+        found = np.zeros(len(self.lane), np.int64)
+        columns = self.columns
+        needs, _ = columns.inputs(*columns.turns)
+        for need, kinds in zip(needs, ((W,), (B, I)), strict=True):
+            at = np.flatnonzero(np.isin(columns.kind, kinds) & (need >= 0))
+            worker = columns.worker[need[at]] == columns.worker[at]
+            found[at[~worker | (need[at] > at)]] = 1
+        return found

@@ -1,0 +1,1 @@
+"""Layers become stages: their passes, their state, their part of the optimizer."""

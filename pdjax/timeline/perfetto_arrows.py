@@ -1,0 +1,121 @@
+"""Who waited for whom in a timeline: the arrows of a trace.
+
+Nothing here imports JAX.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from pdjax.timeline.timeline import Span, SpanKind, Transfer, TransferKind
+
+_GIVERS: dict[TransferKind, tuple[SpanKind, ...]] = {
+    "F": ("F", "FB", "FBU"),
+    "B": ("B", "I", "FB", "FBU"),
+    "R": ("B", "W", "FB"),
+}
+_TAKERS: dict[TransferKind, tuple[SpanKind, ...]] = {
+    "F": ("F", "FB", "FBU"),
+    "B": ("B", "I"),
+    "R": ("U",),
+}
+_DIRECTION: dict[TransferKind, int] = {"F": 1, "B": -1, "R": 0}  # to later or earlier stages
+
+
+class Slice(NamedTuple):
+    """A span or a transfer on a thread of a trace.
+
+    Attributes:
+        entry: the span or transfer.
+        tid: the thread.
+        start_ns: its start, in nanoseconds.
+        end_ns: its end.
+    """
+
+    entry: Span | Transfer
+    tid: int
+    start_ns: int
+    end_ns: int
+
+
+def find_arrows(slices: Sequence[Slice]) -> Iterator[tuple[Slice, Slice]]:
+    """Pairs of a slice and one that waited for it, on another thread.
+
+    From what made a value to its transfer, and from there to what waited; without transfers from
+    the pass of a stage to that of the next one. No arrow begins at what took no time: viewers
+    need a moment at which it was open. What cannot be told has no arrow.
+    """
+    finder = _Finder(slices)
+    transfers = [piece for piece in slices if isinstance(piece.entry, Transfer)]
+    for piece in transfers:
+        giver, taker = finder.giver(piece), finder.taker(piece)
+        through = piece.end_ns > piece.start_ns
+        if giver and taker and not through:
+            yield giver, taker
+        if giver and through:
+            yield giver, piece
+        if taker and through:
+            yield piece, taker
+    if not transfers:
+        for piece in slices:
+            yield from ((piece, taker) for taker in finder.followers(piece))
+
+
+class _Finder:
+    """The spans by worker and microbatch."""
+
+    def __init__(self, slices: Sequence[Slice]) -> None:
+        self._spans: defaultdict[tuple[int, int], list[Slice]] = defaultdict(list)
+        self._workers: defaultdict[int, set[int]] = defaultdict(set)
+        for piece in slices:
+            if isinstance(piece.entry, Span):
+                self._spans[piece.entry.worker, piece.entry.microbatch].append(piece)
+                self._workers[piece.entry.stage].add(piece.entry.worker)
+
+    def giver(self, sent: Slice) -> Slice | None:
+        """What made the values of a transfer: the last that can have."""
+        entry = sent.entry
+        assert isinstance(entry, Transfer)
+        found = (
+            piece
+            for piece in self._spans[entry.source, entry.microbatch]
+            if piece.entry.kind in _GIVERS[entry.kind]
+            and piece.entry.stage == entry.stage
+            and piece.start_ns < piece.end_ns <= sent.start_ns + 1  # as times are rounded
+        )
+        return max(found, key=lambda piece: piece.end_ns, default=None)
+
+    def taker(self, sent: Slice) -> Slice | None:
+        """What waited for a transfer: the first that can have."""
+        entry = sent.entry
+        assert isinstance(entry, Transfer)
+        return self._first(entry.kind, entry.target, sent)
+
+    def followers(self, piece: Slice) -> Iterator[Slice]:
+        """What waited for a span on other workers, if its values went to the next stage."""
+        entry = piece.entry
+        assert isinstance(entry, Span)
+        for kind in ("F", "B"):
+            if entry.kind in _GIVERS[kind] and piece.end_ns > piece.start_ns:
+                workers = self._workers.get(entry.stage + _DIRECTION[kind], set())
+                for worker in sorted(workers - {entry.worker}):
+                    if taker := self._first(kind, worker, piece):
+                        yield taker
+
+    def _first(self, kind: TransferKind, worker: int, before: Slice) -> Slice | None:
+        """The first on a worker that takes what a slice brings."""
+        stage, direction = before.entry.stage, _DIRECTION[kind]
+        found = (
+            piece
+            for piece in self._spans[worker, before.entry.microbatch]
+            if piece.entry.kind in _TAKERS[kind]
+            and _sign(piece.entry.stage - stage) == direction
+            and piece.start_ns >= before.end_ns - 1  # as times are rounded
+        )
+        return min(found, key=lambda piece: piece.start_ns, default=None)
+
+
+def _sign(number: int) -> int:
+    return (number > 0) - (number < 0)

@@ -1,0 +1,1 @@
+"""A loss function becomes equations, and these a line of layers."""
