@@ -15,7 +15,7 @@ from jax.sharding import Sharding
 from pdjax.split.differentiate import StagePrograms
 from pdjax.trace import jaxprs
 from pdjax.trace.jaxprs import Var
-from pdjax.trace.jit import Values, placed
+from pdjax.trace.jit import Values, jit_on
 from pdjax.trace.program import Program
 from pdjax.trees import is_key
 
@@ -40,7 +40,7 @@ class Pass:
         self.reads = jaxprs.free_variables(kept, self.makes)
         run = jaxprs.as_function(self.reads, kept, self.makes)
         shapes = [jaxprs.shape_of(var) for var in self.reads]
-        self._lowered = placed(run, placement).lower(*shapes)
+        self._lowered = jit_on(run, placement).lower(*shapes)
         self._compiled: Any = None
 
     def compile(self) -> None:
@@ -70,7 +70,7 @@ def dispatch_s(placement: Sharding, repeats: int) -> float:
     """Seconds that it takes to dispatch a program that does nothing."""
     zero = jax.device_put(np.zeros((), np.float32), placement)
     shape = jax.ShapeDtypeStruct((), jnp.float32)
-    compiled = compile_lowered(placed(lambda x: x, placement).lower(shape))
+    compiled = compile_lowered(jit_on(lambda x: x, placement).lower(shape))
     return float(np.median(sample([lambda: compiled(zero)], repeats)))
 
 

@@ -13,7 +13,7 @@ from pdjax.runtime.state import StageState
 from pdjax.split.optimizer import StageUpdate, init_program
 from pdjax.trace import inline, jaxprs
 from pdjax.trace.inline import FlatProgram
-from pdjax.trace.jit import Values, placed
+from pdjax.trace.jit import Values, jit_on
 from pdjax.trace.program import Program
 from pdjax.trees import is_function, place
 
@@ -106,4 +106,4 @@ def _run(program: Program, values: dict[Any, Any], placement: Sharding) -> Value
     def run(read: Values) -> Values:
         return program.run(dict(zip(reads, read, strict=True)))["made"]
 
-    return placed(run, placement)(tuple(values[var] for var in reads))
+    return jit_on(run, placement)(tuple(values[var] for var in reads))

@@ -11,7 +11,7 @@ from jax.sharding import Sharding
 from pdjax.runtime.inputs import Given, StageInputs, restricted, shapes
 from pdjax.split.differentiate import StagePrograms
 from pdjax.split.input_weight import divide
-from pdjax.trace.jit import Values, accumulate, placed
+from pdjax.trace.jit import Values, accumulate, jit_on
 
 
 class Held(NamedTuple):
@@ -47,8 +47,8 @@ class DividedRunner:
         # A cotangent that is sent back may be held as well; it is returned once.
         sent = {id(atom): at for at, atom in enumerate(outputs["receives"])}
         self._sent_and_held = tuple(sent.get(id(var)) for var in outputs["held"])
-        self._input_part = placed(self._run_input_part, placement, donate=(4,))
-        self._weight_part = placed(self._run_weight_part, placement, donate=(2,))
+        self._input_part = jit_on(self._run_input_part, placement, donate=(4,))
+        self._weight_part = jit_on(self._run_weight_part, placement, donate=(2,))
 
     def input_part(
         self,

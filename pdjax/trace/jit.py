@@ -13,7 +13,7 @@ Values = tuple[Any, ...]
 """Arrays, or what stands for them in a trace."""
 
 
-def placed(
+def jit_on(
     function: Callable[..., Any],
     placement: Sharding,
     donate: tuple[int, ...] = (),
