@@ -12,7 +12,7 @@ from jax.sharding import Sharding
 from pdjax.runtime.state import StageState
 from pdjax.split.optimizer import StageUpdate, init_program
 from pdjax.trace import inline, jaxprs
-from pdjax.trace.inline import FlatProgram
+from pdjax.trace.inline import InlinedProgram
 from pdjax.trace.jit import Values, jit_on
 from pdjax.trace.program import Program
 from pdjax.trees import is_function, place
@@ -78,7 +78,7 @@ class _Given:
 class _Made:
     """Leaves that a function makes: what makes the others is not run."""
 
-    def __init__(self, program: FlatProgram) -> None:
+    def __init__(self, program: InlinedProgram) -> None:
         self._program = program
 
     def take(self, indices: Sequence[int], placement: Sharding) -> Values:
@@ -93,7 +93,7 @@ def _source(given: Any) -> _Source:
     return _Given(given)
 
 
-def _slice(program: FlatProgram, indices: Sequence[int]) -> Program:
+def _slice(program: InlinedProgram, indices: Sequence[int]) -> Program:
     """What makes some of a program's outputs."""
     wanted = tuple(program.outvars[i] for i in indices)
     kept = jaxprs.needed(program.equations, wanted)

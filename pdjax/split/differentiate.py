@@ -25,7 +25,7 @@ from pdjax.split.min_cut import Repeatable, smallest_stash
 from pdjax.split.partial_eval import unbundle
 from pdjax.split.stages import Stage, StageSplit
 from pdjax.trace import inline, jaxprs
-from pdjax.trace.inline import FlatProgram
+from pdjax.trace.inline import InlinedProgram
 from pdjax.trace.jaxprs import Atom, Equation, Var
 from pdjax.trace.program import Program
 
@@ -189,7 +189,7 @@ def _trace_joint(
     groups: dict[str, tuple[Var, ...]],
     gradient_sends: tuple[int, ...],
     gradient_receives: tuple[int, ...],
-) -> tuple[FlatProgram, dict[str, int]]:
+) -> tuple[InlinedProgram, dict[str, int]]:
     """Traces the stage and its vector-Jacobian product as one program.
 
     Returns it with the number of its outputs in each group, in order.
@@ -220,14 +220,14 @@ def _trace_joint(
     shapes = [[jaxprs.shape_of(var) for var in group] for group in (given, [*losses, *sends])]
     program, _ = inline.trace(joint, *shapes)
     # Closed-over arrays are inputs; those left are of nested functions that were opened only now.
-    return inline.bake(program), sizes
+    return inline.consts_to_literals(program), sizes
 
 
 # ---------------------------------------------------------------- the partition
 
 
 def _partition(
-    joint: FlatProgram,
+    joint: InlinedProgram,
     inputs: dict[str, tuple[Var, ...]],
     cotangents: tuple[Var, ...],
     ahead: dict[str, tuple[Atom, ...]],

@@ -100,9 +100,9 @@ def divide(programs: StagePrograms) -> DividedBackward:
 def _inlined(backward: Program) -> tuple[tuple[Equation, ...], list[Atom], list[Atom]]:
     """The equations of a backward pass, inlined, and its gradients and cotangents there."""
     gradients, receives = backward.outputs["params"], backward.outputs["receives"]
-    equations, outvars = inline.inline(backward.equations, [*gradients, *receives])
+    equations, outvars = inline.inline_equations(backward.equations, [*gradients, *receives])
     # Equations that `jax.checkpoint` kept apart from equal ones would let one part repeat another.
-    equations, outvars = inline.merge(equations, outvars)
+    equations, outvars = inline.eliminate_common(equations, outvars)
     return equations, outvars[: len(gradients)], outvars[len(gradients) :]
 
 

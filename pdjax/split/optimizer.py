@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 
 from pdjax.trace import inline, jaxprs
-from pdjax.trace.inline import FlatProgram
+from pdjax.trace.inline import InlinedProgram
 from pdjax.trace.jaxprs import Equation, Var
 from pdjax.trace.program import Program
 
@@ -161,7 +161,9 @@ def _parts(state: Any) -> Iterator[Any]:
         yield from _parts(child)
 
 
-def init_program(optimizer: optax.GradientTransformation, params: Any) -> tuple[FlatProgram, Any]:
+def init_program(
+    optimizer: optax.GradientTransformation, params: Any
+) -> tuple[InlinedProgram, Any]:
     """The trace of ``optimizer.init`` over the parameter leaves, and the state's structure."""
     leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: params))
     return inline.trace(lambda *p: optimizer.init(jax.tree.unflatten(tree, p)), *leaves)
@@ -172,7 +174,7 @@ class _UpdatePlacer:
 
     def __init__(
         self,
-        program: FlatProgram,
+        program: InlinedProgram,
         homes: Sequence[Sequence[int]],
         num_stages: int,
         rounds: bool,

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from pdjax.trace import inline, jaxprs
-from pdjax.trace.inline import FlatProgram
+from pdjax.trace.inline import InlinedProgram
 from pdjax.trace.jaxprs import Atom, Equation, Var
 from pdjax.trees import leaf_names, shape_of
 
@@ -59,7 +59,7 @@ class TracedLoss:
             sent to where they are needed rather than the parameters.
     """
 
-    program: FlatProgram
+    program: InlinedProgram
     params: tuple[Var, ...]
     state: tuple[Var, ...]
     batch: tuple[Var, ...]
@@ -183,7 +183,7 @@ def trace_loss(
 
 
 def _assemble(
-    program: FlatProgram,
+    program: InlinedProgram,
     param_names: tuple[str, ...],
     state_names: tuple[str, ...],
     num_batch_leaves: int,
@@ -301,7 +301,7 @@ def _check_differentiable(leaves: list[Any], names: tuple[str, ...]) -> None:
             )
 
 
-def _check_supported(program: FlatProgram) -> None:
+def _check_supported(program: InlinedProgram) -> None:
     for equation, path in zip(program.equations, program.paths, strict=True):
         reason = jaxprs.unsupported(equation)
         if reason:
@@ -339,7 +339,7 @@ def _check_metric_names(traced: TracedLoss) -> None:
 
 
 def _classify(
-    program: FlatProgram,
+    program: InlinedProgram,
     params: Sequence[Var],
     state: Sequence[Var],
     batch: Sequence[Var],
@@ -368,7 +368,7 @@ def _kind_of(inputs: set[Kind]) -> Kind:
 
 
 def _find_summaries(
-    program: FlatProgram, params: Sequence[Var], kinds: dict[Var, Kind]
+    program: InlinedProgram, params: Sequence[Var], kinds: dict[Var, Kind]
 ) -> frozenset[Var]:
     """PARAMETER values with fewer elements than the largest parameter behind them."""
     largest = {var: jaxprs.num_elements(var) for var in params}
