@@ -24,7 +24,7 @@ from pdjax.split.state_placement import place_bookkeeping, state_conflict
 from pdjax.trace import jaxprs
 from pdjax.trace.jaxprs import Atom, Equation, Var
 from pdjax.trace.layers import LayerGraph
-from pdjax.trace.loss_fn import Kind, TracedLoss
+from pdjax.trace.loss_fn import TracedLoss, ValueKind
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +204,7 @@ class _Placer:
         earliest = {var: min(homes) for var, homes in self.homes.items()}
         for equation in self.traced.equations:
             for var in equation.outvars:
-                if self.traced.kind(var) is Kind.PARAMETER:
+                if self.traced.kind(var) is ValueKind.PARAMETER:
                     inputs = jaxprs.variables(equation.invars)
                     earliest[var] = max(earliest.get(atom, 0) for atom in inputs)
         return earliest
@@ -216,7 +216,7 @@ class _Placer:
         position = self.traced.maker.get(atom, -1)
         if position in self.stage_of:
             return self.stage_of[position]
-        if self.traced.kind(atom) is Kind.PARAMETER:
+        if self.traced.kind(atom) is ValueKind.PARAMETER:
             return self.earliest[atom]
         if atom in self.traced.state:
             return self._state_stage(self.traced.state.index(atom))
@@ -241,7 +241,7 @@ class _Placer:
             for position in self.traced.readers.get(old, ())
             if position in self.stage_of
         ]
-        if not readers and isinstance(new, Var) and self.traced.kind(new) is Kind.PARAMETER:
+        if not readers and isinstance(new, Var) and self.traced.kind(new) is ValueKind.PARAMETER:
             return self.earliest[new]
         return max(readers, default=self.num_stages - 1)
 
@@ -320,7 +320,7 @@ def _parameters_behind(traced: TracedLoss) -> dict[Var, frozenset[Var]]:
     behind = {var: frozenset([var]) for var in traced.params}
     for equation in traced.equations:
         for var in equation.outvars:
-            if traced.kind(var) is Kind.PARAMETER:
+            if traced.kind(var) is ValueKind.PARAMETER:
                 inputs = jaxprs.variables(equation.invars)
                 behind[var] = frozenset().union(*(behind.get(atom, ()) for atom in inputs))
     return behind

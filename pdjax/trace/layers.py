@@ -26,7 +26,7 @@ from pdjax.errors import PdjaxWarning
 from pdjax.trace import jaxprs
 from pdjax.trace.flops import equation_flops
 from pdjax.trace.jaxprs import Equation, Var
-from pdjax.trace.loss_fn import Kind, TracedLoss, trace_loss
+from pdjax.trace.loss_fn import TracedLoss, ValueKind, trace_loss
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def model_fingerprint(graph: LayerGraph) -> str:
 def _is_on_line(traced: TracedLoss, equation: Equation) -> bool:
     if jaxprs.has_effects(equation):
         return True
-    return any(traced.kind(var) is Kind.LINE for var in equation.outvars)
+    return any(traced.kind(var) is ValueKind.LINE for var in equation.outvars)
 
 
 # ---------------------------------------------------------------- finding the runs

@@ -28,7 +28,7 @@ from pdjax.trace.jaxprs import Atom, Equation, Var
 from pdjax.trees import leaf_names, shape_of
 
 
-class Kind(enum.Enum):
+class ValueKind(enum.Enum):
     """What a value depends on (see the module's docstring)."""
 
     CONSTANT = "constant"
@@ -71,7 +71,7 @@ class TracedLoss:
     new_state: tuple[Atom, ...]
     metrics: tuple[Atom, ...]
     metrics_tree: Any
-    kinds: dict[Var, Kind] = field(repr=False)
+    kinds: dict[Var, ValueKind] = field(repr=False)
     summaries: frozenset[Var] = field(repr=False)
 
     @property
@@ -97,9 +97,9 @@ class TracedLoss:
                 readers.setdefault(var, []).append(position)
         return readers
 
-    def kind(self, atom: Atom) -> Kind:
+    def kind(self, atom: Atom) -> ValueKind:
         """What `atom` depends on; a literal depends on nothing."""
-        return self.kinds[atom] if isinstance(atom, Var) else Kind.CONSTANT
+        return self.kinds[atom] if isinstance(atom, Var) else ValueKind.CONSTANT
 
     def wide_params(self, atoms: Sequence[Atom]) -> frozenset[Var]:
         """The parameters that must be at hand to compute `atoms`: not reached by a summary."""
@@ -108,7 +108,7 @@ class TracedLoss:
         pending = jaxprs.variables(atoms)
         while pending:
             var = pending.pop()
-            if var in seen or var in self.summaries or self.kind(var) is not Kind.PARAMETER:
+            if var in seen or var in self.summaries or self.kind(var) is not ValueKind.PARAMETER:
                 continue
             seen.add(var)
             if var in self.maker:
@@ -196,7 +196,7 @@ def _assemble(
     batch, (key,) = _take(invars, num_batch_leaves), _take(invars, 1)
     loss, weight = next(outvars), next(outvars)
     kinds = _classify(program, params, state, batch, key)
-    if not isinstance(loss, Var) or kinds[loss] in (Kind.CONSTANT, Kind.FREE):
+    if not isinstance(loss, Var) or kinds[loss] in (ValueKind.CONSTANT, ValueKind.FREE):
         raise ValueError(
             "the loss depends on no parameter; expected a loss that a gradient step can lower. "
             "Check that loss_fn uses the params that it is given."
@@ -344,37 +344,37 @@ def _classify(
     state: Sequence[Var],
     batch: Sequence[Var],
     key: Var,
-) -> dict[Var, Kind]:
-    kinds = dict.fromkeys(program.constvars, Kind.CONSTANT)
-    kinds |= dict.fromkeys(params, Kind.PARAMETER)
-    kinds |= dict.fromkeys(state, Kind.LINE)
-    kinds |= dict.fromkeys([*batch, key], Kind.FREE)
+) -> dict[Var, ValueKind]:
+    kinds = dict.fromkeys(program.constvars, ValueKind.CONSTANT)
+    kinds |= dict.fromkeys(params, ValueKind.PARAMETER)
+    kinds |= dict.fromkeys(state, ValueKind.LINE)
+    kinds |= dict.fromkeys([*batch, key], ValueKind.FREE)
     for equation in program.equations:
         kind = _kind_of({kinds[var] for var in jaxprs.variables(equation.invars)})
-        unrepeatable = jaxprs.is_heavy(equation) and kind is not Kind.PARAMETER
+        unrepeatable = jaxprs.is_heavy(equation) and kind is not ValueKind.PARAMETER
         if unrepeatable or jaxprs.has_effects(equation):
-            kind = Kind.LINE
+            kind = ValueKind.LINE
         kinds |= dict.fromkeys(equation.outvars, kind)
     return kinds
 
 
-def _kind_of(inputs: set[Kind]) -> Kind:
-    if Kind.LINE in inputs or {Kind.FREE, Kind.PARAMETER} <= inputs:
-        return Kind.LINE
-    for kind in (Kind.FREE, Kind.PARAMETER):
+def _kind_of(inputs: set[ValueKind]) -> ValueKind:
+    if ValueKind.LINE in inputs or {ValueKind.FREE, ValueKind.PARAMETER} <= inputs:
+        return ValueKind.LINE
+    for kind in (ValueKind.FREE, ValueKind.PARAMETER):
         if kind in inputs:
             return kind
-    return Kind.CONSTANT
+    return ValueKind.CONSTANT
 
 
 def _find_summaries(
-    program: InlinedProgram, params: Sequence[Var], kinds: dict[Var, Kind]
+    program: InlinedProgram, params: Sequence[Var], kinds: dict[Var, ValueKind]
 ) -> frozenset[Var]:
     """PARAMETER values with fewer elements than the largest parameter behind them."""
     largest = {var: jaxprs.num_elements(var) for var in params}
     summaries = set()
     for equation in program.equations:
-        if all(kinds[var] is Kind.PARAMETER for var in equation.outvars):
+        if all(kinds[var] is ValueKind.PARAMETER for var in equation.outvars):
             behind = max(largest.get(var, 0) for var in jaxprs.variables(equation.invars))
             for var in equation.outvars:
                 largest[var] = behind
