@@ -254,7 +254,7 @@ def _likeness(stages: StageSplit, stage: Stage, layers: Sequence[Layer]) -> Any:
             for equation in stage.equations
         ),
         tuple((name, *map(_appearance, group)) for name, group in groups.items()),
-        tuple(var in stages.carriers for var in (*stage.receives, *stage.sends)),
+        tuple(var in stages.active_values for var in (*stage.receives, *stage.sends)),
         0 in stage.outputs,
     )
 

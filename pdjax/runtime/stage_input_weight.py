@@ -10,7 +10,7 @@ from jax.sharding import Sharding
 
 from pdjax.runtime.inputs import Given, StageInputs, restricted, shapes
 from pdjax.split.differentiate import StagePrograms
-from pdjax.split.input_weight import divide
+from pdjax.split.input_weight import split_input_weight
 from pdjax.trace.jit import Values, accumulate, jit_on
 
 
@@ -38,7 +38,7 @@ class DividedRunner:
     """
 
     def __init__(self, programs: StagePrograms, inputs: StageInputs, placement: Sharding) -> None:
-        self.backward = divide(programs)
+        self.backward = split_input_weight(programs)
         self._inputs = inputs
         self._reads = inputs.reads(programs.backward)
         self._weight_reads = inputs.reads(self.backward.weight_part)

@@ -106,7 +106,7 @@ def differentiate_alone(split: StageSplit, stage: Stage, remat: Remat = "none") 
         stage: one of them.
         remat: what its backward pass computes again.
     """
-    returners = {var: (stage.index + 1,) for var in stage.sends if var in split.carriers}
+    returners = {var: (stage.index + 1,) for var in stage.sends if var in split.active_values}
     return _differentiate(split, stage, remat, returners)
 
 
@@ -115,7 +115,7 @@ def _differentiate(
 ) -> StagePrograms:
     """Derives the passes of one stage; `returners` says which later stages send cotangents."""
     gradient_sends = tuple(at for at, var in enumerate(stage.sends) if var in returners)
-    candidates = tuple(at for at, var in enumerate(stage.receives) if var in split.carriers)
+    candidates = tuple(at for at, var in enumerate(stage.receives) if var in split.active_values)
     groups = stage_inputs(split, stage)
     makes_loss = 0 in stage.outputs
     joint, sizes = _trace_joint(split, stage, groups, gradient_sends, candidates)

@@ -29,7 +29,7 @@ from pdjax.trace.program import Program
 
 
 @dataclass(frozen=True, eq=False)
-class DividedBackward:
+class InputWeightSplit:
     """What the two parts of a backward pass compute for one microbatch.
 
     Attributes:
@@ -57,7 +57,7 @@ class DividedBackward:
         return self.kept_bytes + sum(map(jaxprs.num_bytes, self.input_part.outputs["held"]))
 
 
-def divide(programs: StagePrograms) -> DividedBackward:
+def split_input_weight(programs: StagePrograms) -> InputWeightSplit:
     """Divides the backward pass of a stage into its input part and its weight part.
 
     Of a stage that sends no cotangents back all is in the weight part.
@@ -87,7 +87,7 @@ def divide(programs: StagePrograms) -> DividedBackward:
         "held": tuple(var for var in slicing.at_hand if var in read),
     }
     kept = tuple(at for at, var in enumerate(saved) if var in read)
-    return DividedBackward(
+    return InputWeightSplit(
         input_part=Program(slicing.input_part, outputs),
         weight_part=second,
         early=tuple(early),

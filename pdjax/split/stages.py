@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from pdjax.split.state_placement import place_bookkeeping, state_conflict
+from pdjax.split.state_placement import place_state, state_conflict
 from pdjax.trace import jaxprs
 from pdjax.trace.jaxprs import Atom, Equation, Var
 from pdjax.trace.layers import LayerGraph
@@ -74,13 +74,13 @@ class StageSplit:
         traced: the loss function.
         stages: the stages, in order.
         homes: for each parameter leaf the stages that hold it, ascending; several where tied.
-        carriers: the values through which the gradient of the loss flows.
+        active_values: the values through which the gradient of the loss flows.
     """
 
     traced: TracedLoss
     stages: tuple[Stage, ...]
     homes: tuple[tuple[int, ...], ...]
-    carriers: frozenset[Var]
+    active_values: frozenset[Var]
 
     @property
     def results(self) -> tuple[Atom, ...]:
@@ -109,7 +109,7 @@ def split(graph: LayerGraph, first_layers: Sequence[int]) -> StageSplit:
     _check_cuts(graph, first_layers)
     stage_of = _stage_of_equations(graph, first_layers)
     num_stages = len(first_layers)
-    place_bookkeeping(graph.traced, stage_of)
+    place_state(graph.traced, stage_of)
     placer = _Placer(graph.traced, stage_of, num_stages)
     return placer.place()
 
@@ -179,7 +179,7 @@ class _Placer:
             traced=self.traced,
             stages=tuple(stages),
             homes=tuple(tuple(sorted(self.homes[var])) for var in self.traced.params),
-            carriers=_carriers(self.traced),
+            active_values=_active_values(self.traced),
         )
 
     def _find_homes(self) -> dict[Var, set[int]]:
@@ -326,7 +326,7 @@ def _parameters_behind(traced: TracedLoss) -> dict[Var, frozenset[Var]]:
     return behind
 
 
-def _carriers(traced: TracedLoss) -> frozenset[Var]:
+def _active_values(traced: TracedLoss) -> frozenset[Var]:
     """The values that depend on a parameter, and the loss on them, in a differentiable way."""
     varied = set(traced.params)
     for equation in traced.equations:

@@ -18,7 +18,7 @@ from pdjax.trace.layers import LayerGraph
 from pdjax.trace.loss_fn import TracedLoss
 
 
-def place_bookkeeping(traced: TracedLoss, stage_of: dict[int, int]) -> None:
+def place_state(traced: TracedLoss, stage_of: dict[int, int]) -> None:
     """Moves the equations that only update the state; changes `stage_of` (by position) in place.
 
     Raises:
