@@ -22,7 +22,7 @@ from typing import Any, Literal
 import jax
 
 from pdjax.split.min_cut import Repeatable, smallest_stash
-from pdjax.split.partial_eval import unbundle
+from pdjax.split.partial_eval import partial_eval
 from pdjax.split.stages import Stage, StageSplit
 from pdjax.trace import inline, jaxprs
 from pdjax.trace.inline import InlinedProgram
@@ -241,7 +241,7 @@ def _partition(
     needs = jaxprs.free_variables(second, gradients)
     residuals = [var for var in needs if var not in cotangents]
     first = [equation for equation in joint.equations if not _reads(equation, behind)]
-    first = unbundle(
+    first = partial_eval(
         first, [*inputs["state"], *inputs["batch"], *inputs["key"], *inputs["receives"]]
     )
     at_hand = [var for name in _GROUPS if name != "receives" for var in inputs[name]]

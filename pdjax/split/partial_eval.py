@@ -2,7 +2,7 @@
 
 One equation for a whole loop makes all of its results depend on all of its inputs. After
 differentiation, that of a loop over layers hands out the cast weights of every layer beside the
-activations, and they would be stored like these. `unbundle` gives the results that are made of
+activations, and they would be stored like these. `partial_eval` gives the results that are made of
 parameters and constants alone (or, in a branch, of the choice and them) an equation of their own,
 which the backward pass can run again.
 """
@@ -18,40 +18,40 @@ from pdjax.trace import inline, jaxprs
 from pdjax.trace.jaxprs import Atom, Equation, Var
 
 
-def unbundle(equations: Sequence[Equation], roots: Sequence[Var]) -> list[Equation]:
-    """Separates what depends on none of `roots` from the loops and branches that hold it.
+def partial_eval(equations: Sequence[Equation], unknown_inputs: Sequence[Var]) -> list[Equation]:
+    """Separates what depends on none of `unknown_inputs` from the loops and branches that hold it.
 
     Args:
         equations: a program.
-        roots: the inputs of which no result may be made that is to be separated.
+        unknown_inputs: the inputs of which no result may be made that is to be separated.
 
     Returns:
         An equal program, with the same variables for the same values.
     """
-    rooted = set(roots)
+    unknown = set(unknown_inputs)
     result: list[Equation] = []
     for equation in equations:
-        separate = _SEPARATORS.get(equation.primitive.name)
-        parts = separate(equation, rooted) if separate else None
+        rule = _RULES.get(equation.primitive.name)
+        parts = rule(equation, unknown) if rule else None
         for part in parts or [equation]:
             result.append(part)
-            if not rooted.isdisjoint(jaxprs.variables(part.invars)):
-                rooted.update(part.outvars)
+            if not unknown.isdisjoint(jaxprs.variables(part.invars)):
+                unknown.update(part.outvars)
     return result
 
 
-def _separate_scan(equation: Equation, rooted: set[Var]) -> list[Equation] | None:
+def _split_scan(equation: Equation, unknown: set[Var]) -> list[Equation] | None:
     closed = equation.params["jaxpr"]
     body = closed.jaxpr
     num_consts, num_carry = jaxprs.scan_layout(equation)
-    loose = _independent(body, body.outvars, _free_inputs(body.invars, equation.invars, rooted))
+    loose = _independent(body, body.outvars, _free_inputs(body.invars, equation.invars, unknown))
     carried = set(body.invars[num_consts : num_consts + num_carry])
     wanted = [
         at
         for at in range(num_carry, len(body.outvars))
         if at in loose and not _inputs_of(body, body.outvars[at]) & carried
     ]
-    if not wanted or _nothing_else(equation, rooted):
+    if not wanted or _nothing_else(equation, unknown):
         return None
     step = _restricted(closed, wanted)
 
@@ -67,13 +67,13 @@ def _separate_scan(equation: Equation, rooted: set[Var]) -> list[Equation] | Non
     return _with_own_equation(equation, wanted, run)
 
 
-def _separate_cond(equation: Equation, rooted: set[Var]) -> list[Equation] | None:
+def _split_cond(equation: Equation, unknown: set[Var]) -> list[Equation] | None:
     branches = equation.params["branches"]
     wanted = set(range(len(equation.outvars)))
     for closed in branches:
-        free = _free_inputs(closed.jaxpr.invars, equation.invars[1:], rooted)
+        free = _free_inputs(closed.jaxpr.invars, equation.invars[1:], unknown)
         wanted &= _independent(closed.jaxpr, closed.jaxpr.outvars, free)
-    if not wanted or _nothing_else(equation, rooted):
+    if not wanted or _nothing_else(equation, unknown):
         return None
     chosen = sorted(wanted)
     runs = [_restricted(closed, chosen) for closed in branches]
@@ -82,16 +82,16 @@ def _separate_cond(equation: Equation, rooted: set[Var]) -> list[Equation] | Non
     )
 
 
-_SEPARATORS: dict[str, Callable[[Equation, set[Var]], list[Equation] | None]] = {
-    "scan": _separate_scan,
-    "cond": _separate_cond,
+_RULES: dict[str, Callable[[Equation, set[Var]], list[Equation] | None]] = {
+    "scan": _split_scan,
+    "cond": _split_cond,
 }
 
 
-def _free_inputs(inner: Sequence[Var], outer: Sequence[Atom], rooted: set[Var]) -> set[Var]:
+def _free_inputs(inner: Sequence[Var], outer: Sequence[Atom], unknown: set[Var]) -> set[Var]:
     """The inner inputs whose outer values depend on no root."""
     pairs = zip(inner, outer, strict=True)
-    return {var for var, atom in pairs if rooted.isdisjoint(jaxprs.variables([atom]))}
+    return {var for var, atom in pairs if unknown.isdisjoint(jaxprs.variables([atom]))}
 
 
 def _independent(body: Any, outvars: Sequence[Atom], free: set[Var]) -> set[int]:
@@ -104,9 +104,9 @@ def _inputs_of(body: Any, atom: Atom) -> set[Var]:
     return set(jaxprs.free_variables(kept, [atom])) & set(body.invars)
 
 
-def _nothing_else(equation: Equation, rooted: set[Var]) -> bool:
+def _nothing_else(equation: Equation, unknown: set[Var]) -> bool:
     """Whether the equation depends on no root anyway, or must not run twice."""
-    return rooted.isdisjoint(jaxprs.variables(equation.invars)) or jaxprs.has_effects(equation)
+    return unknown.isdisjoint(jaxprs.variables(equation.invars)) or jaxprs.has_effects(equation)
 
 
 def _restricted(closed: Any, wanted: Sequence[int]) -> Callable[..., list[Any]]:
