@@ -18,8 +18,8 @@ import jax
 from models import MODELS, Row
 
 from pdjax.pipeline.arguments import taking_key
-from pdjax.profile.measure import estimate
 from pdjax.profile.rates import find_rates
+from pdjax.profile.roofline import estimate
 from pdjax.trace.layers import LayerGraph, build_graph
 
 PROFILES = Path(__file__).parent / "profiles"

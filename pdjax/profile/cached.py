@@ -22,7 +22,8 @@ import jax
 
 from pdjax.plan import Plan, PlanOptions, plan_pipeline
 from pdjax.plan.balance import check_enough_layers
-from pdjax.profile.measure import check_profile, measure
+from pdjax.profile.check import check_profile
+from pdjax.profile.measure import measure
 from pdjax.profile.profile import FORMAT, Profile
 from pdjax.split.state_placement import inseparable_by_state, inseparable_by_ties
 from pdjax.topology.bandwidth import ALONE_BYTES_PER_S, measure_bandwidth

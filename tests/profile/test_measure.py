@@ -17,10 +17,13 @@ from rich.console import Console
 
 from pdjax.errors import PdjaxWarning
 from pdjax.profile import measure as profiler
-from pdjax.profile import timing
-from pdjax.profile.measure import check_profile, estimate, measure
+from pdjax.profile import progress as progress_bar
+from pdjax.profile import stage_timer, timing
+from pdjax.profile.check import check_profile
+from pdjax.profile.measure import measure
 from pdjax.profile.profile import Profile
 from pdjax.profile.rates import find_rates
+from pdjax.profile.roofline import estimate
 from pdjax.split.differentiate import differentiate, differentiate_alone
 from pdjax.split.stages import split
 from pdjax.trace import jaxprs
@@ -58,7 +61,7 @@ def test_equal_layers_are_derived_and_compiled_once(num_blocks, compilations, mo
     """The first block has no input to differentiate by, the last one makes the loss."""
     derived = []
     monkeypatch.setattr(
-        profiler,
+        stage_timer,
         "differentiate_alone",
         lambda split, stage: derived.append(stage.index) or differentiate_alone(split, stage),
     )
@@ -173,7 +176,7 @@ def test_flops_are_xlas_count_or_ours_where_it_misses_some(monkeypatch):
 
 def test_seconds_are_medians_without_the_dispatch(monkeypatch):
     samples = np.array([[2.0, 3.0], [4.0, 5.0], [9.0, 0.25], [3.0, 4.0], [1.0, 0.25]])
-    monkeypatch.setattr(profiler, "sample", lambda calls, repeats: samples)
+    monkeypatch.setattr(stage_timer, "sample", lambda calls, repeats: samples)
     monkeypatch.setattr(profiler, "dispatch_s", lambda placement, repeats: 0.5)
     layer = quick(graph_of(zoo.dense_blocks(3))).layers[1]
     assert (layer.forward_s, layer.backward_s) == (2.5, 2.5)
@@ -216,7 +219,7 @@ def inputs(monkeypatch):
         collected.append((programs, dict(values)))
         return values
 
-    monkeypatch.setattr(profiler, "make_inputs", make_inputs)
+    monkeypatch.setattr(stage_timer, "make_inputs", make_inputs)
     return collected
 
 
@@ -453,7 +456,7 @@ def test_nothing_is_printed_where_there_is_no_terminal(capfd):
 def test_a_bar_on_a_terminal_if_it_is_wanted(progress, monkeypatch):
     terminal = io.StringIO()
     monkeypatch.setattr(
-        profiler, "Console", lambda **_: Console(file=terminal, force_terminal=True)
+        progress_bar, "Console", lambda **_: Console(file=terminal, force_terminal=True)
     )
     quick(graph_of(zoo.dense_blocks(3)), progress=progress)
     assert ("7/7" in terminal.getvalue()) == progress
