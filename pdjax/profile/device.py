@@ -15,7 +15,7 @@ def placement_of(device: Any) -> Sharding:
     return SingleDeviceSharding(jax.local_devices()[0] if device is None else device)
 
 
-def first_device(placement: Sharding) -> jax.Device:
+def first_device(placement: Sharding) -> Any:
     """The device of `placement` with the lowest id."""
     return min(placement.device_set, key=lambda device: device.id)
 

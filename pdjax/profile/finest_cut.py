@@ -87,8 +87,8 @@ def _appearance(atom: Any) -> tuple[Any, ...]:
 
 
 @dataclass(frozen=True)
-class StageCosts:
-    """What a stage costs; fields as in `LayerProfile`."""
+class PassCosts:
+    """The costs of the two passes of a stage; fields as in `LayerProfile`."""
 
     forward_s: float
     backward_s: float
@@ -98,7 +98,7 @@ class StageCosts:
 
 
 def assemble(
-    graph: LayerGraph, cut: FinestCut, costs: Sequence[StageCosts], **about: Any
+    graph: LayerGraph, cut: FinestCut, costs: Sequence[PassCosts], **about: Any
 ) -> Profile:
     """The profile of a model from the costs of the distinct stages of its finest cut.
 
@@ -108,21 +108,12 @@ def assemble(
         costs: the cost of each of ``cut.distinct``.
         about: the other fields of `Profile`: ``batch_size``, ``device`` and ``source``.
     """
-    rows = []
     held = _held_bytes(cut)
-    for layers, number, extra in zip(cut.layers, cut.alike, held, strict=True):
-        extra -= sum(layer.param_bytes for layer in layers)
-        for layer, share in zip(layers, _shares(layers), strict=True):
-            cost = {name: value * share for name, value in vars(costs[number]).items()}
-            rows.append(
-                LayerProfile(
-                    name=layer.name,
-                    cut_bytes=layer.cut_bytes,
-                    param_bytes=layer.param_bytes + max(extra, 0),
-                    **cost,
-                )
-            )
-            extra = 0
+    rows = [
+        row
+        for layers, number, size in zip(cut.layers, cut.alike, held, strict=True)
+        for row in _rows(layers, costs[number], size)
+    ]
     return Profile(
         tuple(rows),
         model=model_fingerprint(graph),
@@ -132,6 +123,24 @@ def assemble(
         tied=_several(inseparable_by_ties(graph)),
         **about,
     )
+
+
+def _rows(layers: Sequence[Layer], costs: PassCosts, held_bytes: int) -> list[LayerProfile]:
+    """The layers of one stage, each with its share of the costs of the stage.
+
+    Of the parameters that the stage holds, the bytes that no layer reads at full size count for
+    the first layer.
+    """
+    unread = max(held_bytes - sum(layer.param_bytes for layer in layers), 0)
+    return [
+        LayerProfile(
+            name=layer.name,
+            cut_bytes=layer.cut_bytes,
+            param_bytes=layer.param_bytes + (unread if at == 0 else 0),
+            **{name: value * share for name, value in vars(costs).items()},
+        )
+        for at, (layer, share) in enumerate(zip(layers, _shares(layers), strict=True))
+    ]
 
 
 def _held_bytes(cut: FinestCut) -> list[int]:

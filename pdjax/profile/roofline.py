@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pdjax.profile.finest_cut import StageCosts, assemble, finest_cut
+from pdjax.profile.finest_cut import PassCosts, assemble, finest_cut
 from pdjax.profile.profile import Profile, check_batch_size
 from pdjax.profile.rates import Rates
 from pdjax.split.differentiate import differentiate_alone
-from pdjax.trace import jaxprs
+from pdjax.trace import dataflow, jaxprs
 from pdjax.trace.flops import equation_flops
 from pdjax.trace.jaxprs import Equation, Var
 from pdjax.trace.layers import LayerGraph
@@ -39,7 +39,7 @@ def estimate(graph: LayerGraph, rates: Rates, *, batch_size: int) -> Profile:
     for unit in cut.distinct:
         programs = differentiate_alone(cut.split, cut.split.stages[unit])
         costs.append(
-            StageCosts(
+            PassCosts(
                 forward_s=_roofline_s(programs.forward, rates),
                 backward_s=_roofline_s(programs.backward, rates),
                 stash_bytes=programs.saved_bytes,
@@ -56,14 +56,11 @@ def _roofline_s(program: Program, rates: Rates) -> float:
 
 def _moved_bytes(program: Program) -> float:
     """Bytes that a pass must read and write if all between its inputs and outputs is fused."""
-    made = jaxprs.variables(atom for group in program.outputs.values() for atom in group)
-    readers: dict[Var, list[Equation]] = {var: [] for var in program.reads}
-    for equation in program.equations:
-        for var in jaxprs.variables(equation.invars):
-            if var in readers:
-                readers[var].append(equation)
-    return sum(map(jaxprs.num_bytes, made)) + sum(
-        _read_bytes(var, equations) for var, equations in readers.items()
+    results = jaxprs.variables(atom for group in program.outputs.values() for atom in group)
+    readers = dataflow.readers(program.equations)
+    reads = {var: [program.equations[at] for at in readers.get(var, ())] for var in program.reads}
+    return sum(map(jaxprs.num_bytes, results)) + sum(
+        _read_bytes(var, equations) for var, equations in reads.items()
     )
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from pdjax.profile.finest_cut import FinestCut, StageCosts
+from pdjax.profile.finest_cut import FinestCut, PassCosts
 from pdjax.profile.timing import Pass, make_inputs, sample, saved_values
 from pdjax.split.differentiate import StagePrograms, differentiate_alone
 from pdjax.trace.jaxprs import Var
@@ -37,13 +37,13 @@ class StageTimer:
         self.forward = Pass(self._programs.forward, placement)
         self.backward = Pass(self._programs.backward, placement)
 
-    def run(self, repeats: int, idle_s: float) -> StageCosts:
+    def run(self, repeats: int, idle_s: float) -> PassCosts:
         """Times both passes; `idle_s` is subtracted from each call."""
         with naming(self.name):
             seconds = self._sample(repeats)
         forward_s, backward_s = np.maximum(np.median(seconds, axis=0) - idle_s, 0.0).tolist()
         low, high = np.quantile(seconds.sum(axis=1), (0.25, 0.75))
-        return StageCosts(
+        return PassCosts(
             forward_s=forward_s,
             backward_s=backward_s,
             stash_bytes=self._programs.saved_bytes,

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from pdjax.split.differentiate import StagePrograms
-from pdjax.trace import jaxprs
+from pdjax.trace import dataflow, jaxprs
 from pdjax.trace.jaxprs import Var
 from pdjax.trace.jit import Values, jit_on
 from pdjax.trace.program import Program
@@ -36,8 +36,8 @@ class Pass:
 
     def __init__(self, program: Program, placement: Sharding) -> None:
         self.makes = jaxprs.variables(atom for group in program.outputs.values() for atom in group)
-        kept = [program.equations[i] for i in jaxprs.needed(program.equations, self.makes)]
-        self.reads = jaxprs.free_variables(kept, self.makes)
+        kept = [program.equations[i] for i in dataflow.needed(program.equations, self.makes)]
+        self.reads = dataflow.free_variables(kept, self.makes)
         run = jaxprs.as_function(self.reads, kept, self.makes)
         shapes = [jaxprs.shape_of(var) for var in self.reads]
         self._lowered = jit_on(run, placement).lower(*shapes)

@@ -10,11 +10,12 @@ import optax
 from jax.sharding import Sharding
 
 from pdjax.runtime.state import StageState
-from pdjax.split.optimizer import StageUpdate, init_program
-from pdjax.trace import inline, jaxprs
+from pdjax.split.optimizer import StageUpdate
+from pdjax.split.traced_update import init_program
+from pdjax.trace import inline
 from pdjax.trace.inline import InlinedProgram
 from pdjax.trace.jit import Values, jit_on
-from pdjax.trace.program import Program
+from pdjax.trace.program import Program, sliced
 from pdjax.trees import is_function, place
 
 
@@ -96,8 +97,7 @@ def _source(given: Any) -> _Source:
 def _slice(program: InlinedProgram, indices: Sequence[int]) -> Program:
     """What makes some of a program's outputs."""
     wanted = tuple(program.outvars[i] for i in indices)
-    kept = jaxprs.needed(program.equations, wanted)
-    return Program(tuple(program.equations[i] for i in kept), {"made": wanted})
+    return sliced(program.equations, {"made": wanted})
 
 
 def _run(program: Program, values: dict[Any, Any], placement: Sharding) -> Values:

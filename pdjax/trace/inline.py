@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend import core as jex
 from jax.extend.core import primitives
 
-from pdjax.trace import jaxprs
+from pdjax.trace import dataflow, jaxprs
 from pdjax.trace.jaxprs import Atom, Equation, Var
 
 _REMATERIALISED = frozenset({"checkpoint", "remat", "remat2"})
@@ -126,7 +126,7 @@ def inline_equations(
         An equal program that reads the same variables and makes others, and what `outvars` are
         called there.
     """
-    reads = jaxprs.free_variables(equations, outvars)
+    reads = dataflow.free_variables(equations, outvars)
     inliner = _Inliner(inlined=jaxprs.INLINED | _REMATERIALISED)
     names = inliner.run(jaxprs.closed(reads, equations, outvars), reads, "")
     return _with_literals(inliner.equations, names, dict(inliner.consts.values()))

@@ -1,9 +1,9 @@
 """Reading, cutting and re-running traced programs.
 
 What pdjax knows about the inside of a jaxpr is here, in `pdjax.trace.inline` and in
-`pdjax.split.partial_eval`, and uses the public `jax.extend.core` only. Once a program is flat, the
-rest of pdjax works with lists of equations: it asks which of them a value needs (`needed`), and
-turns a list back into a function (`as_function`).
+`pdjax.split.partial_eval`, and uses the public `jax.extend.core` only. Once a program is inlined,
+the rest of pdjax works with lists of equations: it follows values through them
+(`pdjax.trace.dataflow`), and turns a list back into a function (`as_function`).
 """
 
 from __future__ import annotations
@@ -84,27 +84,6 @@ def aval(atom: Atom) -> Any:
 def variables(atoms: Iterable[Atom]) -> list[Var]:
     """The distinct variables among `atoms`, in order of first appearance."""
     return list(dict.fromkeys(atom for atom in atoms if not isinstance(atom, jex.Literal)))
-
-
-def needed(
-    equations: Sequence[Equation], wanted: Iterable[Atom], given: Iterable[Var] = ()
-) -> list[int]:
-    """Positions of the equations that `wanted` depends on, in order, stopping at `given`."""
-    live = set(variables(wanted)) - set(given)
-    stop = set(given)
-    kept = []
-    for index in range(len(equations) - 1, -1, -1):
-        if live.intersection(equations[index].outvars):
-            kept.append(index)
-            live.update(var for var in variables(equations[index].invars) if var not in stop)
-    return kept[::-1]
-
-
-def free_variables(equations: Sequence[Equation], outvars: Iterable[Atom]) -> list[Var]:
-    """The variables that `equations` and `outvars` read and no equation makes."""
-    made = {var for equation in equations for var in equation.outvars}
-    read = [atom for equation in equations for atom in equation.invars]
-    return [var for var in variables([*read, *outvars]) if var not in made]
 
 
 # ---------------------------------------------------------------- what an equation is

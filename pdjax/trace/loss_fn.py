@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from pdjax.trace import inline, jaxprs
+from pdjax.trace.dataflow import DataFlow, propagate
 from pdjax.trace.inline import InlinedProgram
 from pdjax.trace.jaxprs import Atom, Equation, Var
 from pdjax.trees import leaf_names, shape_of
@@ -80,22 +81,9 @@ class TracedLoss:
         return self.program.equations
 
     @cached_property
-    def maker(self) -> dict[Var, int]:
-        """For each value that is not an input, the position of the equation that makes it."""
-        return {
-            var: position
-            for position, equation in enumerate(self.equations)
-            for var in equation.outvars
-        }
-
-    @cached_property
-    def readers(self) -> dict[Var, list[int]]:
-        """For each value the positions of the equations that read it."""
-        readers: dict[Var, list[int]] = {}
-        for position, equation in enumerate(self.equations):
-            for var in jaxprs.variables(equation.invars):
-                readers.setdefault(var, []).append(position)
-        return readers
+    def flow(self) -> DataFlow:
+        """Which equation makes each value, and which read it."""
+        return DataFlow(self.equations)
 
     def kind(self, atom: Atom) -> ValueKind:
         """What `atom` depends on; a literal depends on nothing."""
@@ -103,19 +91,13 @@ class TracedLoss:
 
     def wide_params(self, atoms: Sequence[Atom]) -> frozenset[Var]:
         """The parameters that must be at hand to compute `atoms`: not reached by a summary."""
-        found: set[Var] = set()
-        seen: set[Var] = set()
-        pending = jaxprs.variables(atoms)
-        while pending:
-            var = pending.pop()
-            if var in seen or var in self.summaries or self.kind(var) is not ValueKind.PARAMETER:
-                continue
-            seen.add(var)
-            if var in self.maker:
-                pending.extend(jaxprs.variables(self.equations[self.maker[var]].invars))
-            else:
-                found.add(var)
-        return frozenset(found)
+
+        def is_wide(var: Var) -> bool:
+            return self.kind(var) is ValueKind.PARAMETER and var not in self.summaries
+
+        wide = filter(is_wide, jaxprs.variables(atoms))
+        values = self.flow.sources(wide, lambda _, var: is_wide(var))
+        return frozenset(var for var in values if var not in self.flow.makers)
 
 
 # ---------------------------------------------------------------- tracing
@@ -345,17 +327,18 @@ def _classify(
     batch: Sequence[Var],
     key: Var,
 ) -> dict[Var, ValueKind]:
-    kinds = dict.fromkeys(program.constvars, ValueKind.CONSTANT)
-    kinds |= dict.fromkeys(params, ValueKind.PARAMETER)
-    kinds |= dict.fromkeys(state, ValueKind.LINE)
-    kinds |= dict.fromkeys([*batch, key], ValueKind.FREE)
-    for equation in program.equations:
-        kind = _kind_of({kinds[var] for var in jaxprs.variables(equation.invars)})
+    """The kind of each value: that of its inputs together, or LINE where it must run once."""
+    inputs = dict.fromkeys(program.constvars, ValueKind.CONSTANT)
+    inputs |= dict.fromkeys(params, ValueKind.PARAMETER)
+    inputs |= dict.fromkeys(state, ValueKind.LINE)
+    inputs |= dict.fromkeys([*batch, key], ValueKind.FREE)
+
+    def kind_of_results(equation: Equation, reads: dict[Var, ValueKind]) -> ValueKind:
+        kind = _kind_of(set(reads.values()))
         unrepeatable = jaxprs.is_heavy(equation) and kind is not ValueKind.PARAMETER
-        if unrepeatable or jaxprs.has_effects(equation):
-            kind = ValueKind.LINE
-        kinds |= dict.fromkeys(equation.outvars, kind)
-    return kinds
+        return ValueKind.LINE if unrepeatable or jaxprs.has_effects(equation) else kind
+
+    return propagate(program.equations, inputs, kind_of_results)
 
 
 def _kind_of(inputs: set[ValueKind]) -> ValueKind:
@@ -371,13 +354,15 @@ def _find_summaries(
     program: InlinedProgram, params: Sequence[Var], kinds: dict[Var, ValueKind]
 ) -> frozenset[Var]:
     """PARAMETER values with fewer elements than the largest parameter behind them."""
-    largest = {var: jaxprs.num_elements(var) for var in params}
-    summaries = set()
-    for equation in program.equations:
-        if all(kinds[var] is ValueKind.PARAMETER for var in equation.outvars):
-            behind = max(largest.get(var, 0) for var in jaxprs.variables(equation.invars))
-            for var in equation.outvars:
-                largest[var] = behind
-                if jaxprs.num_elements(var) < max(behind, 2):
-                    summaries.add(var)
-    return frozenset(summaries)
+
+    def largest_behind(equation: Equation, reads: dict[Var, int]) -> int | None:
+        of_params = all(kinds[var] is ValueKind.PARAMETER for var in equation.outvars)
+        return max(reads.values(), default=0) if of_params else None
+
+    sizes = {var: jaxprs.num_elements(var) for var in params}
+    largest = propagate(program.equations, sizes, largest_behind)
+    return frozenset(
+        var
+        for var, size in largest.items()
+        if var not in sizes and jaxprs.num_elements(var) < max(size, 2)
+    )

@@ -20,6 +20,7 @@ from pdjax.profile import measure as profiler
 from pdjax.profile import progress as progress_bar
 from pdjax.profile import stage_timer, timing
 from pdjax.profile.check import check_profile
+from pdjax.profile.finest_cut import finest_cut
 from pdjax.profile.measure import measure
 from pdjax.profile.profile import Profile
 from pdjax.profile.rates import find_rates
@@ -92,7 +93,7 @@ def stopped(p: Any, x: Any, rng: Any) -> Any:
 
 
 def test_layers_of_equal_equations_but_other_gradients_are_not_alike():
-    cut = profiler._cut(functional(stopped, 6))
+    cut = finest_cut(functional(stopped, 6))
     assert cut.alike == (0, 1, 2, 3, 3, 4)
 
 
@@ -108,7 +109,7 @@ def test_layers_of_equal_equations_that_send_other_shapes_are_not_alike():
 
     graph = functional(loss_fn, 5)
     assert len({layer.fingerprint for layer in graph.layers[:4]}) == 1
-    assert profiler._cut(graph).alike == (0, 1, 2, 2, 3)
+    assert finest_cut(graph).alike == (0, 1, 2, 2, 3)
 
 
 def test_layers_of_equal_equations_that_send_more_are_not_alike():
@@ -122,7 +123,7 @@ def test_layers_of_equal_equations_that_send_more_are_not_alike():
 
     graph = functional(loss_fn, 5)
     assert len({layer.fingerprint for layer in graph.layers[:4]}) == 1
-    assert profiler._cut(graph).alike == (0, 1, 2, 2, 3)
+    assert finest_cut(graph).alike == (0, 1, 2, 2, 3)
 
 
 # ---------------------------------------------------------------- figures
@@ -381,7 +382,7 @@ def late_update(on_path: bool) -> LayerGraph:
 @pytest.mark.parametrize("on_path", [True, False])
 def test_layers_that_share_a_state_are_timed_together(on_path):
     graph = late_update(on_path)
-    cut = profiler._cut(graph)
+    cut = finest_cut(graph)
     groups = [[layer.name for layer in layers] for layers in cut.layers]
     assert groups in ([["w0", "w1", "w2", "w3"], ["w4"]], [["w0"], ["w1", "w2", "w3"], ["w4"]])
     profile = quick(graph)

@@ -15,7 +15,7 @@ from test_properties import KEY
 from pdjax.split.differentiate import StagePrograms, differentiate
 from pdjax.split.input_weight import InputWeightSplit, split_input_weight
 from pdjax.split.stages import split
-from pdjax.trace import jaxprs
+from pdjax.trace import dataflow, jaxprs
 from pdjax.trace.layers import build_graph
 
 FAST_KEY = jax.random.key(2, impl="unsafe_rbg")  # compiles in a fraction of the time
@@ -182,7 +182,7 @@ def test_equations_that_nothing_needs_are_in_no_part():
     parts = split_input_weight(middle(chain(checkpointed)))
     for part in (parts.input_part, parts.weight_part):
         wanted = [atom for group in part.outputs.values() for atom in group]
-        assert len(jaxprs.needed(part.equations, wanted)) == len(part.equations)
+        assert len(dataflow.needed(part.equations, wanted)) == len(part.equations)
 
 
 # ---------------------------------------------------------------- loops and branches
@@ -290,7 +290,7 @@ def assert_disjoint(programs: StagePrograms, parts: InputWeightSplit) -> None:
     both = set(parts.input_part.equations) & set(parts.weight_part.equations)
     allowed = {*programs.inputs["params"], *programs.inputs["consts"], programs.seed}
     in_order = [e for e in parts.weight_part.equations if e in both]
-    assert set(jaxprs.free_variables(in_order, [])) <= allowed
+    assert set(dataflow.free_variables(in_order, [])) <= allowed
     saved = {programs.forward.outputs["saved"][at] for at in parts.kept}
     inputs = {var for name, group in programs.inputs.items() if name != "receives" for var in group}
     held = parts.input_part.outputs["held"]
