@@ -66,7 +66,7 @@ def finest_cut(graph: LayerGraph) -> FinestCut:
 def _likeness(stages: StageSplit, stage: Stage, layers: Sequence[Layer]) -> Any:
     """Equal for stages whose passes cost the same.
 
-    The fingerprints compare what stands in the layers in full. Of what a stage repeats besides
+    The fingerprints compare the equations of the layers in full. Of the other equations of a stage
     (masks, dropout's random bits) the numbers are left out: they differ from layer to layer.
     """
     groups = {**stage_inputs(stages, stage), **stage_outputs(stages, stage)}
@@ -146,8 +146,8 @@ def _rows(layers: Sequence[Layer], costs: PassCosts, held_bytes: int) -> list[La
 def _held_bytes(cut: FinestCut) -> list[int]:
     """For each stage the bytes of the parameters that it holds.
 
-    More than its layers read at full size: also what reaches the loss by way of something smaller
-    that is made of parameters alone, such as the first rows of a table of positions.
+    More than its layers read at full size: also parameters of which only a smaller part, computed
+    from parameters alone, reaches the loss, such as the first rows of a table of positions.
     """
     held = [0] * len(cut.split.stages)
     for var, homes in zip(cut.split.traced.params, cut.split.homes, strict=True):

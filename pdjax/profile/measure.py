@@ -1,4 +1,4 @@
-"""What the layers of a model cost, measured on a device.
+"""The costs of the layers of a model, measured on a device.
 
 The model is cut into one stage for each layer, and each of these is timed by itself:
 
@@ -10,8 +10,8 @@ model takes little longer than a shallow one of the same blocks. Layers that sha
 cannot be cut apart; they are timed together and share the figures in proportion to their
 operations.
 
-Stages are faster than the sum of their layers, as a compiler fuses what stands side by side, and
-keep less, as they need not store what passes from one layer to the next. This does not matter to
+Stages are faster than the sum of their layers, as a compiler fuses neighbouring operations, and
+keep less, as they need not store the values between two of their layers. This does not matter to
 where the cuts should fall as long as it is true of all layers alike.
 """
 
@@ -47,8 +47,8 @@ def measure(
 ) -> Profile:
     """Times the layers of a model on a device.
 
-    Weights and activations are made up: small random numbers, and zeros for what is not real. The
-    model's parameters are not needed, only their shapes.
+    Weights and activations are made up: small random numbers, and zeros where the type is not real.
+    The model's parameters are not needed, only their shapes.
 
     Args:
         graph: the model, traced for one microbatch.

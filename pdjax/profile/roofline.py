@@ -1,4 +1,9 @@
-"""What the layers of a model would cost, estimated from a device's rates: nothing is run."""
+"""The costs of the layers of a model, estimated from a device's rates: nothing is run.
+
+The roofline model (Williams, Waterman and Patterson, "Roofline: An Insightful Visual Performance
+Model for Multicore Architectures", CACM 2009): a pass is bound by its operations or by its memory
+traffic, whichever takes longer.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +23,7 @@ _LOOKUPS = frozenset({"gather", "dynamic_slice"})
 
 
 def estimate(graph: LayerGraph, rates: Rates, *, batch_size: int) -> Profile:
-    """What the layers of a model would cost on a device of given rates; nothing is run.
+    """The costs of the layers of a model on a device of given rates; nothing is run.
 
     Each pass takes as long as its operations, or as reading its inputs and writing its outputs,
     whichever is longer: ``max(flops / flops_per_s, bytes / bytes_per_s)``. Both passes are counted
@@ -27,7 +32,7 @@ def estimate(graph: LayerGraph, rates: Rates, *, batch_size: int) -> Profile:
 
     Args:
         graph: the model, traced for one microbatch; its parameters may be shapes.
-        rates: what the device does in a second.
+        rates: the operations and bytes of the device in a second.
         batch_size: examples in that microbatch.
 
     Raises:

@@ -1,10 +1,10 @@
 """The forward and the backward pass of a stage, as two programs.
 
 A stage is traced once together with its vector-Jacobian product. The equations that depend on an
-incoming cotangent are the backward pass; what they read of the rest are *residuals*, which wait in
-the stash of every microbatch in flight. Taken as `jax.vjp` hands them out, residuals hold copies of
-the weights: `jax.jit` returns an input that is also an output as a new array, and a cast or
-transposed weight is a new array anyway. Here a residual is
+incoming cotangent are the backward pass. The values of the others that they read are *residuals*,
+which wait in the stash of every microbatch in flight. As `jax.vjp` returns them, residuals hold
+copies of the weights: `jax.jit` returns an input that is also an output as a new array, and a cast
+or transposed weight is a new array anyway. Here a residual is
 
     an input of the stage      put back in by the caller, from the stashed version of the weights
     made of parameters,        computed again by the backward pass, never stored
@@ -36,13 +36,13 @@ from pdjax.trace.jaxprs import Atom, Equation, Var
 from pdjax.trace.program import Program, sliced
 
 Remat = Literal["none", "full"] | Callable[..., Any]
-"""What a backward pass computes again: ``"none"`` (nothing that costs), ``"full"`` (all of the
-forward pass), or what a `jax.checkpoint` policy does not let it save."""
+"""The values that a backward pass computes again: ``"none"`` (cheap ones only), ``"full"`` (all of
+the forward pass), or a `jax.checkpoint` policy (those that it does not save)."""
 
 
 @dataclass(frozen=True, eq=False)
 class StagePrograms:
-    """What a stage computes for one microbatch.
+    """The programs of a stage, for one microbatch.
 
     Attributes:
         stage: the stage.
@@ -50,7 +50,7 @@ class StagePrograms:
             receives``, in the order of `Stage`.
         cotangents: a variable for the cotangent of each of `gradient_sends`.
         seed: the variable for the cotangent of the loss, if this stage makes it.
-        forward: makes ``sends, state, results`` and ``saved``, what the stash must hold.
+        forward: makes ``sends, state, results`` and ``saved``, the values for the stash.
         backward: reads inputs, ``saved``, cotangents and the seed; makes ``params``, a gradient
             for each parameter, and ``receives``, a cotangent for each of `gradient_receives`.
         fused: makes the outputs of both at once.
@@ -83,13 +83,13 @@ def differentiate(split: StageSplit, remat: Sequence[Remat]) -> tuple[StageProgr
     """Derives the forward and the backward pass of every stage.
 
     It goes from the last stage to the first. Where a stage's derivative by a value that it
-    receives is zero whatever comes (the value was rounded, say), nothing is sent back, and the
+    receives is always zero (the value was rounded, say), nothing is sent back, and the
     stages before it are derived without that cotangent, as `jax.grad` would: an array of zeros
-    in its place would make NaN of what is infinite there.
+    in its place would turn infinities there into NaN.
 
     Args:
         split: the stages.
-        remat: for each stage what its backward pass computes again.
+        remat: for each stage the values that its backward pass computes again.
     """
     returners: dict[Var, list[int]] = {}
     from_last = []
@@ -110,7 +110,7 @@ def differentiate_alone(split: StageSplit, stage: Stage, remat: Remat = "none") 
     Args:
         split: the stages.
         stage: one of them.
-        remat: what its backward pass computes again.
+        remat: the values that its backward pass computes again.
     """
     returners = {var: (stage.index + 1,) for var in stage.sends if var in split.active_values}
     return _differentiate(split, stage, remat, returners)
@@ -123,11 +123,11 @@ def _differentiate(
 
     The middle stage of three, y = tanh(x w), received x: f32[2,4], parameter w: f32[4,4]:
 
-    1. Of the values that it sends, those that a later stage returns a cotangent for get one:
-       ȳ: f32[2,4]. Of those that it receives, the active ones may send one back: x̄.
+    1. A value that it sends gets a cotangent if a later stage returns one: ȳ: f32[2,4]. A value
+       that it receives may send a cotangent back if it is active: x̄.
     2. The joint program of the stage and its vector-Jacobian product is traced:
            u = x w;  y = tanh u;  ū = ȳ (1 − y²);  x̄ = ū wᵀ;  w̄ = xᵀ ū
-    3. Of the cotangents, those that depend on an incoming one are sent back: x̄, as ū reads ȳ.
+    3. A cotangent is sent back if it depends on an incoming one: x̄ does, as ū reads ȳ.
     4. The equations that depend on an incoming cotangent are the backward pass: ū, x̄, w̄. The
        others are the forward pass: u, y. The backward pass reads x, y and w of it: x and y are
        stored, w is an input that the caller puts back in.
@@ -286,17 +286,18 @@ def _partition(
         behind: the values that depend on an incoming cotangent, and these cotangents.
         ahead: the outputs of the forward pass.
         back: the outputs of the backward pass.
-        remat: what the backward pass computes again.
+        remat: the values that the backward pass computes again.
     """
     inputs = joint.inputs
     gradients = [atom for group in back.values() for atom in group]
-    # 1. The backward pass is what depends on a cotangent. Its residuals are what it reads besides.
+    # 1. The equations that depend on a cotangent are the backward pass. The values that it reads
+    #    besides are its residuals.
     needed = sliced(joint.equations, back, effects=True).equations
     second = [equation for equation in needed if dataflow.reads_any(equation, behind)]
     reads = dataflow.free_variables(second, gradients)
     residuals = [var for var in reads if var not in joint.incoming]
-    # 2. The forward pass is the rest. What of its loops depends on weights alone gets an equation
-    #    of its own, so that it can be computed again without the loop.
+    # 2. The other equations are the forward pass. The results of its loops that depend on weights
+    #    alone get equations of their own, which can be computed again without the loop.
     first = [e for e in joint.equations if not dataflow.reads_any(e, behind)]
     unknown = ("state", "batch", "key", "receives")
     first = partial_eval(first, [var for name in unknown for var in inputs[name]])
@@ -315,9 +316,10 @@ def _repeatable(
 ) -> Repeatable:
     """Which equations the backward pass may run again.
 
-    Those that read parameters and constants alone always, so that no weight is ever stored; those
-    that read the batch and the key too, unless they are heavy; the rest as `remat` says. None with
-    a side effect.
+    1. None with a side effect.
+    2. All that read parameters and constants alone, so that no weight is ever stored.
+    3. All that read the batch, the key and constants alone, unless they are heavy.
+    4. Of the rest, those that `remat` allows.
     """
     flow = dataflow.DataFlow(equations)
     roots = [*inputs["state"], *inputs["receives"]]

@@ -47,7 +47,7 @@ class InputWeightSplit:
             ``params``, the gradients of the parameters `late`.
         early: positions among the stage's parameters of those whose gradient the input part has.
         late: positions of the others.
-        kept: positions among the forward pass's ``saved`` of those that the weight part reads.
+        kept: positions among the forward pass's ``saved`` of the values that the weight part reads.
         kept_bytes: their size, for one microbatch.
     """
 
@@ -70,7 +70,7 @@ def split_input_weight(programs: StagePrograms) -> InputWeightSplit:
     If a stage sends no cotangents back, everything is in the weight part.
 
     Args:
-        programs: what the stage computes for one microbatch. It stays as it is.
+        programs: the programs of the stage. They stay as they are.
     """
     equations, gradients, receives = _inlined(programs.backward)
     saved = programs.forward.outputs["saved"]
@@ -84,7 +84,7 @@ def split_input_weight(programs: StagePrograms) -> InputWeightSplit:
     slicing.add_weight_part([gradients[at] for at in late])
     # 3. Side effects happen once.
     slicing.add_observers()
-    # 4. The weight part's inputs say what is held for it, and which saved values are kept.
+    # 4. The weight part's inputs say which values are held and which saved values are kept.
     weight_part = Program(slicing.weight_part, {"params": tuple(gradients[at] for at in late)})
     read = set(weight_part.reads)
     outputs = {
@@ -167,8 +167,9 @@ class _Slicing:
         """Whether the input part has a gradient, or has it but for its shape and type.
 
         It has one that is literally one of its values, and one that comes out of a loop or a
-        branch that it runs. Of the latter, what follows it (a cast, a sum with a weight decay)
-        is left to the input part too: else an array of the size of the weights would be held.
+        branch that it runs. In the latter case the equations that follow (a cast, a sum with a
+        weight decay) are in the input part too: else an array as large as the weights would be
+        held.
         """
         if not isinstance(gradient, Var):
             return False
@@ -181,7 +182,7 @@ class _Slicing:
     def add_observers(self) -> None:
         """Has the equations with a side effect run, once.
 
-        In the input part, but for those that read something which only the weight part makes.
+        In the input part, unless they read a value that only the weight part makes.
         """
         for at, equation in enumerate(self._equations):
             if not jaxprs.has_effects(equation) or at in self._first | self._second:
@@ -203,7 +204,7 @@ class _Slicing:
         return not self._line.isdisjoint(self._equations[position].outvars)
 
     def _reshapes(self, equation: Equation) -> bool:
-        """Whether what the equation makes is a sum, or one value in another form."""
+        """Whether an equation makes a sum, or one value in another form."""
         of_line = self._line.intersection(jaxprs.variables(equation.invars))
         if not of_line or equation.primitive.name == "add_any":
             return True

@@ -31,7 +31,7 @@ Repeatable = Callable[[Equation], bool]
 """Whether the backward pass may run an equation of the forward pass again."""
 
 _UNLIMITED = 2**30  # capacities are 32-bit integers
-_PER_VALUE_BYTES = 64  # what it costs to keep one more array, however small
+_PER_VALUE_BYTES = 64  # the price of one more array, however small
 
 
 def smallest_stash(
@@ -47,7 +47,7 @@ def smallest_stash(
         equations: the forward pass.
         at_hand: inputs that the backward pass is given anyway.
         received: inputs that it is given only if they are stored.
-        residuals: what the backward pass must have.
+        residuals: the values that the backward pass must have.
         repeatable: the equations that it may run again.
 
     Returns:
@@ -57,7 +57,7 @@ def smallest_stash(
     given = set(at_hand)
     network = _Network()
     # 1. Flow enters at the results of equations that are not repeated, and goes on from the inputs
-    #    of a repeatable equation to its results. What the backward pass is given carries none.
+    #    of a repeatable equation to its results. Values at hand carry none.
     for equation in (equations[i] for i in dataflow.needed(equations, residuals, given)):
         again = repeatable(equation)
         inputs = [var for var in jaxprs.variables(equation.invars) if var not in given]

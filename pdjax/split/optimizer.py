@@ -1,10 +1,10 @@
 """An optax optimizer, cut at the same places as the model.
 
-The update of the whole parameter tree is traced once and sliced by what each stage's new parameters
-depend on, so that every transformation works, whatever it does with the structure of the tree
-(masks, labels, schedules, factored moments). Most slice cleanly. Those that mix leaves, such as
-clipping by the global norm, need values of other stages: these are found by data flow and become
-exchanges between *phases* of the update:
+The update of the whole parameter tree is traced once and sliced by the data flow to each stage's
+new parameters, so that every transformation works, however it treats the structure of the tree
+(masks, labels, schedules, factored moments). Most slice cleanly. Transformations that mix leaves,
+such as clipping by the global norm, need values of other stages: these become exchanges between
+*phases* of the update:
 
     phase 0   every stage computes the values that the others need (the sum of squares of its
               gradients)
@@ -57,7 +57,7 @@ class UpdateSplit:
         grads: a variable for each gradient leaf; that of a tied parameter is the sum over its
             stages, which is there from phase 1 on.
         state: a variable for each leaf of the optimizer state.
-        stages: what each stage runs.
+        stages: the part of each stage.
         state_tree: the structure of the optimizer state.
         consts: the arrays that the optimizer closed over.
         num_minibatches: a variable for the number of minibatches that an update is made for; None
@@ -105,7 +105,7 @@ def split_update(
 
 
 class _UpdatePlacer:
-    """Decides where each value of an update is computed, and what is exchanged when.
+    """Decides where each value of an update is computed, and when it is exchanged.
 
     Three stages with one parameter each, w0, w1, w2, and SGD with clipping by the global norm:
 
@@ -117,9 +117,9 @@ class _UpdatePlacer:
        may be computed on every stage. w_i' is made of the array g_i: on i.
     3. Supply: stage i must have w_i', so it must have c and n, so s_0 … s_2: each s_i is computed
        on i and sent to the other two.
-    4. Phases: what a stage computes of its own values is phase 0 (s_i), what it computes of values
-       that were received in phase p is phase p, and a value made in phase p is received in phase
-       p + 1: n, c and w_i' are phase 1.
+    4. Phases: a value that a stage computes of its own values is of phase 0 (s_i); a value of
+       phase p is received in phase p + 1; a value computed of others is of the latest of their
+       phases: n, c and w_i' are of phase 1.
 
     Attributes:
         homes: for each parameter, gradient and leaf of the state the stages that hold it.
@@ -162,8 +162,8 @@ class _UpdatePlacer:
     def _state_homes(self) -> dict[Var, frozenset[int]]:
         """A leaf of the state lives with the parameters that it helps to update.
 
-        It helps those that are reached through values no smaller than the leaf: a moment helps its
-        own parameter, even where all of them meet in a norm; a step counter helps every parameter.
+        It helps a parameter that is reached through values no smaller than the leaf: a moment helps
+        its own parameter, even where all of them meet in a norm; a step counter helps them all.
         """
         update = self.update
         homes: dict[Var, frozenset[int]] = {}
@@ -224,7 +224,7 @@ class _UpdatePlacer:
         facts = propagate(self.flow.equations, start, rule)
         return {var: fact.stages for var, fact in facts.items()}
 
-    # -------- what runs where and when
+    # -------- where and when values are computed
 
     def _wanted(self, stage: int) -> list[Atom]:
         """The outputs of the update that a stage keeps: its parameters, then its state."""
@@ -290,7 +290,7 @@ class _UpdatePlacer:
     def _exchanges(
         self, stage: int, num_phases: int, phase: dict[Demand, int]
     ) -> tuple[list[list[Var]], list[list[tuple[Var, int]]]]:
-        """For each phase the values that a stage sends, and those that it receives, from where.
+        """For each phase the values that a stage sends, and its received values with their stages.
 
         The stages of a tied parameter send each other their parts of its gradient in phase 0.
         """
@@ -348,7 +348,7 @@ def _available(
 ) -> _Availability:
     """Where the results of an equation may be computed.
 
-    1. As long as they are made of what one stage has: on that stage.
+    1. As long as one stage has all their inputs: on that stage.
     2. If they mix stages: where the arrays are that they are made of, and the numbers that they
        take besides are sent there; if they are made of numbers alone, on every stage.
     3. If the arrays are on different stages: where the largest is.

@@ -31,7 +31,7 @@ from pdjax.trace.loss_fn import TracedLoss, ValueKind
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """What one stage computes for one microbatch, as equations.
+    """The equations of one stage, for one microbatch.
 
     Inputs, in this order: `params`, `consts`, `state`, `batch`, the key (if `uses_key`),
     `receives`. Outputs: `sends`, the new values of `updates`, `outputs`.
@@ -106,7 +106,7 @@ def split(graph: LayerGraph, first_layers: Sequence[int]) -> StageSplit:
 
     Raises:
         ValueError: if the cuts are not layer indices in order, or separate the equations that
-            read a mutable state from those that write it.
+            read a mutable state from its writers.
     """
     _check_cuts(graph, first_layers)
     stage_of = _stage_of_equations(graph, first_layers)
@@ -147,7 +147,8 @@ class _StagePlacer:
     Attributes:
         stage_of: for each equation of the line, by its position, the stage that runs it.
         behind: for each PARAMETER value the parameters that it is computed from.
-        homes: for each parameter the stages that hold it whatever the others need of it.
+        homes: for each parameter the stages that hold it for their own equations, or the one
+            that holds it for the others.
         earliest: for each PARAMETER value the first stage on which it can be computed.
     """
 
@@ -168,10 +169,12 @@ class _StagePlacer:
 
         1. `stage_of` gives each equation of the line its stage: h1 to 0, h2 to 1, the loss to 2.
         2. The parameters' homes follow: w0 on 0, w1 on 1, w2 on 2.
-        3. Each stage must have what its equations read, and each result and each new state must
-           be on the stage that makes it (demands): (x, 0), (w0, 0), (h1, 1), …, (|w0|, 2).
-        4. The supply says what else must run and travel for that: h1 goes 0 → 1, h2 goes 1 → 2.
-           |w0| is a summary: it is computed on 0, where w0 is held, and goes 0 → 2.
+        3. Each stage must have the values that its equations read, and each result and each new
+           state must be on the stage that makes it (demands): (x, 0), (w0, 0), (h1, 1), …,
+           (|w0|, 2).
+        4. The supply finds the other equations that must run, and the values that must travel:
+           h1 goes 0 → 1, h2 goes 1 → 2. |w0| is a summary: it is computed on 0, where w0 is held,
+           and goes 0 → 2.
         5. A parameter that a stage reads on the way gets that stage as one more home.
         """
         results = results_of(self.traced)

@@ -2,8 +2,8 @@
 
 The equations that make a new state (a moving average, a counter, a teacher's weights) often do not
 matter to the loss, and stand wherever the author wrote them, mostly at the end. Such *state
-updates* may run on any stage that has what they read. They move to the stage that reads the old
-value for the loss; if none does, to the first one that has all they need. So each leaf of the state
+updates* may run on any stage that has their inputs. They move to the stage that reads the old value
+for the loss; if none does, to the first one that has all their inputs. So each leaf of the state
 is on one stage, and changes there once per microbatch, in order.
 """
 
@@ -22,8 +22,8 @@ def place_state(traced: TracedLoss, stage_of: dict[int, int]) -> None:
     """Moves the equations that only update the state; changes `stage_of` (by position) in place.
 
     Raises:
-        ValueError: if a state is needed for the loss on one stage, and what its new value is made
-            of on a later one only.
+        ValueError: if a state is needed for the loss on one stage, and the inputs of its new value
+            are on a later one only.
     """
     placer = _StatePlacer(traced, stage_of)
     placer.move_to_earliest()
@@ -34,7 +34,7 @@ def inseparable_by_state(graph: LayerGraph) -> list[tuple[int, int]]:
     """Ranges of layers (first, last) that share a changing state, which a cut must not separate.
 
     Such a range begins with the first layer that reads a leaf of the state for the loss, and ends
-    with the last one that does or that makes what its new value is made of.
+    with the last one that reads it or that makes an input of its new value.
     """
     traced = graph.traced
     layer_of = _layers(graph)
@@ -92,12 +92,12 @@ class _StatePlacer:
     Three stages, a state s that stage 0 reads for the loss, and two state updates that the author
     wrote behind the loss, so that both begin on stage 2: m = mean(h1), s' = 0.9 s + 0.1 m.
 
-    1. Each update moves to the first stage that has what it reads of the line: m to stage 1, where
-       h1 is made; s' too, as it reads m.
+    1. Each update moves to the first stage that has its inputs: m to stage 1, where h1 is made; s'
+       too, as it reads m.
     2. The updates of one leaf join, on the stage that reads the leaf for the loss: here that is
        stage 0, before m can be computed, which is an error. If stage 1 reads s, all is well.
-    3. Whatever reads a value that has moved to a later stage moves there too. Steps 2 and 3 are
-       repeated until nothing moves. An equation only ever moves to later stages, so this ends.
+    3. An update that reads a value that has moved to a later stage moves there too. Steps 2 and 3
+       are repeated until nothing moves. An equation only moves to later stages, so this ends.
 
     Attributes:
         stage_of: for each equation of the line, by its position, its stage; changed in place.

@@ -1,7 +1,7 @@
-"""What every stage must run, read, send and receive, so that it has the values that it wants.
+"""The equations, inputs and transfers that give every stage the values that it needs.
 
 The loss function (`pdjax.split.stages`) and the optimizer's update (`pdjax.split.optimizer`) are
-cut into stages by the same walk backward from the wanted values. They differ in the rule that says
+cut into stages by the same walk backward from the needed values. They differ in the rule that says
 which stage computes a value.
 """
 
@@ -26,14 +26,14 @@ class Transfer:
 
 
 class Supply:
-    """What the stages must do for all demands so far.
+    """The work of the stages for all demands so far.
 
     `add` works through a list of demands. Of each demand (value, stage), once:
 
     1. `source` names the stage that computes the value for this stage.
     2. If it is another stage, the value is sent from there, and that stage must have it.
     3. If it is this stage and an equation makes the value, the equation runs here, and the stage
-       must have what the equation reads.
+       must have the inputs of the equation.
     4. If it is this stage and no equation makes the value, it is an input of the stage.
 
     Three stages, the values a, b, c made on the stages 0, 1, 2, and c = f(a, b), b = g(a):
@@ -67,7 +67,7 @@ class Supply:
                 pending += self._meet(*demand)
 
     def _meet(self, var: Var, stage: int) -> list[Demand]:
-        """Notes what a demand takes; returns the demands that follow from it."""
+        """Records a demand; returns the demands that follow from it."""
         source = self._source(var, stage)
         if source != stage:
             self.transfers.setdefault(var, Transfer(source)).targets.add(stage)

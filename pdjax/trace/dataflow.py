@@ -1,4 +1,4 @@
-"""Which equation makes a value, which read it, and what depends on what.
+"""Data flow: the maker and the readers of a value, and the values that depend on each other.
 
 A program is a list of equations in program order, and every value is made once (as in a jaxpr):
 
@@ -8,13 +8,13 @@ A program is a list of equations in program order, and every value is made once 
        2       d = h b         d: 2         c: [3]
        3       e = k c x       e: 3         x: [3]
 
-    reachable from c    {c, e}             forward: all that is computed with it
-    sources of e        {e, c, x, b, a}    backward: all that it is computed with
+    reachable from c    {c, e}             forward: the values computed with it
+    sources of e        {e, c, x, b, a}    backward: the values that it is computed with
     needed for e        [0, 1, 3]          the positions of the equations that compute it
 
 `DataFlow` holds the two tables of one program, for many questions about it: each table takes time
-linear in the program, and each walk takes time linear in what it visits. The functions of the same
-names ask one question. `propagate` carries a fact of any type forward.
+linear in the program, and each walk takes time linear in the equations that it visits. The
+functions of the same names ask one question. `propagate` carries a fact of any type forward.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Traced programs, made flat.
+"""Traced programs with their nested calls inlined.
 
 Nested `jit` equations are inlined, so that a cut may fall between any two of the primitive
 operations, and every value gets a variable of its own.
@@ -123,8 +123,8 @@ def inline_equations(
         outvars: values that are wanted of it.
 
     Returns:
-        An equal program that reads the same variables and makes others, and what `outvars` are
-        called there.
+        An equal program that reads the same variables and makes others, and its names for
+        `outvars`.
     """
     reads = dataflow.free_variables(equations, outvars)
     inliner = _Inliner(inlined=jaxprs.INLINED | _REMATERIALISED)
@@ -153,9 +153,10 @@ def _with_literals(
 def eliminate_common(
     equations: Sequence[Equation], outvars: Sequence[Atom]
 ) -> tuple[tuple[Equation, ...], list[Atom]]:
-    """Runs equations that are equal once; returns what `inline_equations` does.
+    """Common subexpression elimination: runs equal equations once.
 
-    Those that are equal but for nested programs of their own stay apart.
+    Equations that are equal but for nested programs of their own stay apart. Returns an equal
+    program and its names for `outvars`, as `inline_equations` does.
     """
     names: dict[Var, Atom] = {}
     known: dict[Any, list[Equation]] = {}
@@ -181,7 +182,7 @@ def trace(
 
 
 def _identity(atom: Atom) -> Any:
-    """What is equal for two reads of one value."""
+    """A key that is equal for two reads of one value."""
     if not isinstance(atom, jex.Literal):
         return atom
     value = atom.val

@@ -1,6 +1,6 @@
 """Reading, cutting and re-running traced programs.
 
-What pdjax knows about the inside of a jaxpr is here, in `pdjax.trace.inline` and in
+All code that knows the inside of a jaxpr is here, in `pdjax.trace.inline` and in
 `pdjax.split.partial_eval`, and uses the public `jax.extend.core` only. Once a program is inlined,
 the rest of pdjax works with lists of equations: it follows values through them
 (`pdjax.trace.dataflow`), and turns a list back into a function (`as_function`).
@@ -65,7 +65,7 @@ def fresh(aval: Any) -> Var:
 
 
 def read(atoms: Sequence[Atom], names: Mapping[Var, Atom]) -> list[Any]:
-    """What `atoms` are called."""
+    """The names of `atoms`: those in `names`, or their own."""
     return [names.get(atom, atom) if isinstance(atom, jex.Var) else atom for atom in atoms]
 
 
@@ -86,7 +86,7 @@ def variables(atoms: Iterable[Atom]) -> list[Var]:
     return list(dict.fromkeys(atom for atom in atoms if not isinstance(atom, jex.Literal)))
 
 
-# ---------------------------------------------------------------- what an equation is
+# ---------------------------------------------------------------- properties of equations
 
 
 def scope_path(equation: Equation) -> str:
@@ -155,8 +155,8 @@ def subprograms(equation: Equation) -> list[Any]:
 def scan_layout(equation: Equation) -> tuple[int, int]:
     """The numbers of constants and of carried values of a scan; the rest is scanned over.
 
-    The names of a scan's parameters differ between versions of JAX; the shapes tell as well:
-    what is scanned over has one axis less inside the loop than outside.
+    The names of a scan's parameters differ between versions of JAX; the shapes say the same:
+    a value that is scanned over has one axis less inside the loop than outside.
     """
     (body,) = subprograms(equation)
 

@@ -106,7 +106,7 @@ def build_graph(
 
 
 def model_fingerprint(graph: LayerGraph) -> str:
-    """A digest of what a model is made of: its layers' names, its parameters and their bytes.
+    """A digest of the structure of a model: its layers' names, its parameters and their bytes.
 
     It does not depend on the batch size, the device or the version of JAX.
     """
@@ -151,7 +151,7 @@ def _find_runs(
 
 
 def _label(scope: str, params: list[str]) -> str:
-    """The module that an equation belongs to, or "" if nothing tells."""
+    """The module that an equation belongs to; "" if it is unknown."""
     if not params:
         return scope
     module = _common_module(params)

@@ -1,4 +1,4 @@
-"""From a loss function to equations, sorted by what they depend on.
+"""From a loss function to equations, sorted by the inputs that they depend on.
 
 `trace_loss` runs the user's function once on abstract values. Every value is of one kind:
 
@@ -8,7 +8,7 @@
     LINE       on more than that: the computation that a pipeline cuts
 
 Matrix products and loops are never FREE (they would be repeated in every stage that needs them),
-and whatever has a side effect is on the line, where it runs once.
+and every equation with a side effect is on the line, where it runs once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pdjax.trees import leaf_names, shape_of
 
 
 class ValueKind(enum.Enum):
-    """What a value depends on (see the module's docstring)."""
+    """The inputs that a value depends on (see the module's docstring)."""
 
     CONSTANT = "constant"
     FREE = "free"
@@ -40,7 +40,7 @@ class ValueKind(enum.Enum):
 
 @dataclass(frozen=True, eq=False)
 class TracedLoss:
-    """A loss function as equations, with the part that each input and output plays.
+    """A loss function as equations, with the role of each input and output.
 
     Attributes:
         program: the equations.
@@ -55,7 +55,7 @@ class TracedLoss:
         new_state: the mutable state after the call, leaf by leaf.
         metrics: the flat metrics.
         metrics_tree: the structure of the metrics, or None if the function returns none.
-        kinds: what each variable depends on.
+        kinds: the kind of each variable.
         summaries: PARAMETER values that are so much smaller than their parameters that they are
             sent to where they are needed rather than the parameters.
     """
@@ -86,7 +86,7 @@ class TracedLoss:
         return DataFlow(self.equations)
 
     def kind(self, atom: Atom) -> ValueKind:
-        """What `atom` depends on; a literal depends on nothing."""
+        """The kind of `atom`; a literal is a constant."""
         return self.kinds[atom] if isinstance(atom, Var) else ValueKind.CONSTANT
 
     def wide_params(self, atoms: Sequence[Atom]) -> frozenset[Var]:
@@ -105,7 +105,7 @@ class TracedLoss:
 
 @dataclass
 class _Outputs:
-    """What the trace learns about the structure of the function's result."""
+    """The structure of the function's result, found by the trace."""
 
     metrics_tree: Any = None
 
@@ -134,8 +134,8 @@ def trace_loss(
     Raises:
         ValueError: if the result has another form, the loss is not a real scalar or depends on
             nothing, a metric is called "loss" and is something else, a parameter cannot be
-            differentiated, or the function uses what cannot be cut (ordered effects, mutable
-            arrays, sharding annotations).
+            differentiated, or the function cannot be cut (it uses ordered effects, mutable
+            arrays or sharding annotations).
     """
     param_leaves, param_tree = jax.tree.flatten(params)
     state_leaves, state_tree = jax.tree.flatten(model_state)
@@ -213,7 +213,7 @@ def read_result(result: Any, model_state: Any, weighted: bool) -> tuple[Any, lis
     """Splits a loss function's result into (loss, leaves of the new state, metrics).
 
     Args:
-        result: what the function returned.
+        result: the value that the function returned.
         model_state: the mutable state that it was given, or None if it takes none.
         weighted: whether the loss is a pair (sum, weight).
     """
@@ -317,7 +317,7 @@ def _check_metric_names(traced: TracedLoss) -> None:
         )
 
 
-# ---------------------------------------------------------------- what depends on what
+# ---------------------------------------------------------------- kinds of values
 
 
 def _classify(

@@ -47,13 +47,13 @@ def sliced(
     given: Iterable[Var] = (),
     effects: bool = False,
 ) -> Program:
-    """The program that makes `outputs`, of those among `equations` that it takes.
+    """The program that makes `outputs`, with the equations that these need.
 
     Args:
         equations: a program.
         outputs: for each group of outputs its values.
         given: values that the slice reads rather than makes.
-        effects: whether equations with a side effect are kept, and what these need.
+        effects: whether equations with a side effect are kept, with the equations that they need.
     """
     observers = [i for i, e in enumerate(equations) if jaxprs.has_effects(e)] if effects else []
     wanted = [atom for group in outputs.values() for atom in group]
