@@ -39,7 +39,7 @@ class Stage:
     Attributes:
         index: number of the stage, from 0.
         equations: its equations in program order.
-        params: indices of the parameter leaves that it holds.
+        params: positions of the parameters that it holds, in `TracedLoss.params`.
         consts: indices of the closed-over arrays that it reads.
         state: indices of the leaves of the mutable state that it reads.
         batch: indices of the batch leaves that it reads.
@@ -75,7 +75,7 @@ class StageSplit:
     Attributes:
         traced: the loss function.
         stages: the stages, in order.
-        homes: for each parameter leaf the stages that hold it, ascending; several where tied.
+        homes: for each parameter the stages that hold it, ascending; several where tied.
         active_values: the values through which the gradient of the loss flows.
     """
 

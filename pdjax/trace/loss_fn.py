@@ -26,6 +26,7 @@ from pdjax.trace import inline, jaxprs
 from pdjax.trace.dataflow import DataFlow, propagate
 from pdjax.trace.inline import InlinedProgram
 from pdjax.trace.jaxprs import Atom, Equation, Var
+from pdjax.trace.leaf_range import LeafRange, whole_leaves
 from pdjax.trees import leaf_names, shape_of
 
 
@@ -44,11 +45,13 @@ class TracedLoss:
 
     Attributes:
         program: the equations.
-        params: a variable for each parameter leaf.
+        params: a variable for each parameter.
         state: a variable for each leaf of the mutable state.
         batch: a variable for each batch leaf, shaped as in one microbatch.
         key: the variable of the random key.
-        param_names: the path of each parameter leaf, such as ``"block_0/Dense_1/kernel"``.
+        param_ranges: for each parameter the leaf of the user's pytree, or the range of a leaf, that
+            it is. Today always whole leaves, in order.
+        param_names: the name of each parameter, such as ``"block_0/Dense_1/kernel"``.
         state_names: the same for the mutable state.
         loss: the scalar loss (with a weight: the sum).
         weight: the scalar weight that the sum is divided by, or None.
@@ -65,6 +68,7 @@ class TracedLoss:
     state: tuple[Var, ...]
     batch: tuple[Var, ...]
     key: Var
+    param_ranges: tuple[LeafRange, ...]
     param_names: tuple[str, ...]
     state_names: tuple[str, ...]
     loss: Atom
@@ -173,6 +177,7 @@ def _assemble(
     outputs: _Outputs,
 ) -> TracedLoss:
     num_params, num_states = len(param_names), len(state_names)
+    ranges = whole_leaves(num_params)
     invars, outvars = iter(program.invars), iter(program.outvars)
     params, state = _take(invars, num_params), _take(invars, num_states)
     batch, (key,) = _take(invars, num_batch_leaves), _take(invars, 1)
@@ -189,7 +194,8 @@ def _assemble(
         state=state,
         batch=batch,
         key=key,
-        param_names=param_names,
+        param_ranges=ranges,
+        param_names=tuple(part.name(param_names[part.leaf]) for part in ranges),
         state_names=state_names,
         loss=loss,
         weight=weight if weighted_loss else None,
