@@ -10,8 +10,7 @@ import time
 
 import pytest
 
-from pdjax.launch import Processes, launch, main
-from pdjax.train.config import LaunchConfig
+from pdjax.launch import LaunchConfig, Processes, launch, main
 
 SLEEP = "import time; time.sleep(60)"
 STUBBORN = (
