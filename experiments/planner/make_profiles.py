@@ -17,8 +17,8 @@ from typing import Any
 import jax
 from models import MODELS, Row
 
-from pdjax.profile.measure import estimate
 from pdjax.profile.rates import find_rates
+from pdjax.profile.roofline import estimate
 from pdjax.trace.layers import LayerGraph, build_graph
 from pdjax.trace.random_key import taking_key
 

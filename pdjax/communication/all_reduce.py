@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from pdjax.communication.ring import Replicas, RingReduce, ring_bytes
-from pdjax.trace.jit import Values, placed, total
+from pdjax.trace.jit import Values, jit_on, total
 
 _AXIS = "replica"
 
@@ -74,7 +74,7 @@ class AllReduce:
         self._odd = [at for at, s in enumerate(self._shapes) if not s.shape or not s.size]
         odd = [self._shapes[at] for at in self._odd]
         self._lengthen, self._shorten = (
-            [placed(function, placement) for placement in placements]
+            [jit_on(function, placement) for placement in placements]
             for function in (
                 lambda arrays: tuple(jnp.resize(x, (1,)) for x in arrays),
                 lambda arrays: tuple(
@@ -190,7 +190,7 @@ class SumOnEach:
             sums = map(total, zip(*parts, strict=True))
             return tuple(x / len(parts) for x in sums) if mean else tuple(sums)
 
-        self._runs = [placed(combine, placement) for placement in placements]
+        self._runs = [jit_on(combine, placement) for placement in placements]
         self._zeros = _zeros(self._shapes, placements)
 
     def lowerings(self) -> Iterator[Callable[[], Any]]:
@@ -223,7 +223,7 @@ def _zeros(
 ) -> list[Callable[[], Values]]:
     """For each replica a program that makes what one has that has no gradients."""
     return [
-        placed(lambda: tuple(jnp.zeros(s.shape, s.dtype) for s in shapes), p) for p in placements
+        jit_on(lambda: tuple(jnp.zeros(s.shape, s.dtype) for s in shapes), p) for p in placements
     ]
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from pdjax.communication.transport import Transport
-from pdjax.trace.jit import Values, placed
+from pdjax.trace.jit import Values, jit_on
 
 _SMALL_BYTES = 2**18
 """Up to which parts of arrays travel together: 61 small ones take a third of the time so."""
@@ -75,7 +75,7 @@ class RingReduce:
         layout = _Layout(shapes, len(replicas.places))
         self._piece_shapes = layout.piece_shapes
         self._split, self._add, self._join, self._zeros = (
-            [placed(function, placement) for placement in replicas.placements]
+            [jit_on(function, placement) for placement in replicas.placements]
             for function in (
                 layout.split,
                 lambda one, other: tuple(map(jnp.add, one, other)),

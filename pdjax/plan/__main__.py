@@ -14,9 +14,10 @@ from pdjax.cli import run_command
 from pdjax.plan import Plan, PlanOptions, plan_pipeline
 from pdjax.plan.figure import save_plan
 from pdjax.profile.files import load_profile
-from pdjax.profile.measure import estimate, measure
+from pdjax.profile.measure import measure
 from pdjax.profile.profile import Profile
 from pdjax.profile.rates import find_rates
+from pdjax.profile.roofline import estimate
 from pdjax.task import make_task
 from pdjax.topology.topology import Topology
 from pdjax.trace.layers import LayerGraph, build_graph

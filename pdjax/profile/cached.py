@@ -8,7 +8,8 @@ from typing import Any
 import jax
 
 from pdjax.cache import cached, kind_of_device
-from pdjax.profile.measure import check_profile, measure
+from pdjax.profile.check import check_profile
+from pdjax.profile.measure import measure
 from pdjax.profile.profile import FORMAT, Profile
 from pdjax.split.state_placement import inseparable_by_state, inseparable_by_ties
 from pdjax.trace import jaxprs

@@ -1,4 +1,4 @@
-"""How fast a device computes and moves memory: what an analytic profile is made with.
+"""The speed at which a device computes and moves memory, for an analytic profile.
 
 Nothing here imports JAX.
 """
@@ -25,7 +25,7 @@ _TEXT = re.compile(
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does in a second.
+    """The operations and the memory traffic of a device in a second.
 
     Example:
         >>> find_rates("15TFLOP/s,900GB/s")
@@ -71,10 +71,10 @@ are rough: a measurement is better wherever there is a device to measure on."""
 def find_rates(text: str) -> Rates:
     """The rates of a device, by its short name in `RATES` or as ``"15TFLOP/s,900GB/s"``.
 
-    Rates given in the second form are taken as they are: what is reached, not the peak.
+    Rates given in the second form are taken as they are: the speed that is reached, not the peak.
 
     Raises:
-        ValueError: if it is neither; the text says what is known.
+        ValueError: if it is neither; the text lists the known names.
     """
     if text.lower() in RATES:
         return RATES[text.lower()]

@@ -13,13 +13,13 @@ import numpy as np
 from jax.sharding import Sharding
 
 from pdjax.split.differentiate import StagePrograms
-from pdjax.trace import jaxprs
+from pdjax.trace import dataflow, jaxprs
 from pdjax.trace.jaxprs import Var
-from pdjax.trace.jit import Values, placed
+from pdjax.trace.jit import Values, jit_on
 from pdjax.trace.program import Program
 from pdjax.trees import is_key
 
-_SAMPLE_S = 3e-3  # long enough for the clock, and for what waiting for the last call costs
+_SAMPLE_S = 3e-3  # long against the clock's resolution and the wait for the last call
 _MAX_CALLS = 300
 _STEP = 1e-1  # standard deviation of made-up activations and weights
 
@@ -30,17 +30,17 @@ class Pass:
     Side effects that no value depends on (prints, callbacks) are left out.
 
     Attributes:
-        reads: what it must be given.
-        makes: what it returns, each value once.
+        reads: the values that it takes.
+        makes: the values that it returns, each once.
     """
 
     def __init__(self, program: Program, placement: Sharding) -> None:
         self.makes = jaxprs.variables(atom for group in program.outputs.values() for atom in group)
-        kept = [program.equations[i] for i in jaxprs.needed(program.equations, self.makes)]
-        self.reads = jaxprs.free_variables(kept, self.makes)
+        kept = [program.equations[i] for i in dataflow.needed(program.equations, self.makes)]
+        self.reads = dataflow.free_variables(kept, self.makes)
         run = jaxprs.as_function(self.reads, kept, self.makes)
         shapes = [jaxprs.shape_of(var) for var in self.reads]
-        self._lowered = placed(run, placement).lower(*shapes)
+        self._lowered = jit_on(run, placement).lower(*shapes)
         self._compiled: Any = None
 
     def compile(self) -> None:
@@ -70,7 +70,7 @@ def dispatch_s(placement: Sharding, repeats: int) -> float:
     """Seconds that it takes to dispatch a program that does nothing."""
     zero = jax.device_put(np.zeros((), np.float32), placement)
     shape = jax.ShapeDtypeStruct((), jnp.float32)
-    compiled = compile_lowered(placed(lambda x: x, placement).lower(shape))
+    compiled = compile_lowered(jit_on(lambda x: x, placement).lower(shape))
     return float(np.median(sample([lambda: compiled(zero)], repeats)))
 
 
@@ -78,7 +78,7 @@ def sample(calls: Sequence[Callable[[], Any]], repeats: int) -> np.ndarray:
     """Seconds of one call of each of `calls`, several times over.
 
     Each sample is of as many calls back to back as fill a few milliseconds. The functions take
-    turns, so that what else the machine does meets all of them.
+    turns, so that other load of the machine meets all of them.
 
     Returns:
         Seconds, ``[repeats, len(calls)]``.
@@ -113,7 +113,7 @@ def make_inputs(
 
     Args:
         programs: the stage.
-        reads: what its passes read.
+        reads: the values that its passes read.
         known: values to be used in the place of made-up ones.
         placement: where they go.
     """
@@ -131,7 +131,7 @@ def make_inputs(
 
 
 def _make_up(shape: jax.ShapeDtypeStruct, rng: np.random.Generator) -> Any:
-    """Small random numbers for what is real or complex, zeros for the rest, and a key for a key."""
+    """Small random numbers for a real or complex type, zeros for another, and a key for a key."""
     if is_key(shape):
         return jnp.zeros(shape.shape, shape.dtype)
     if not jnp.issubdtype(shape.dtype, jnp.inexact):
@@ -142,6 +142,6 @@ def _make_up(shape: jax.ShapeDtypeStruct, rng: np.random.Generator) -> Any:
 
 
 def saved_values(forward: Pass, made: Values, saved: Sequence[Any]) -> dict[Var, Any]:
-    """What a forward pass has left for the backward pass, out of all that it made."""
+    """The values for the backward pass, among the results of a forward pass."""
     wanted = set(jaxprs.variables(saved))
     return {var: value for var, value in zip(forward.makes, made, strict=True) if var in wanted}

@@ -16,7 +16,7 @@ from pdjax.split.differentiate import forward_only
 from pdjax.split.stages import StageSplit
 from pdjax.trace import jaxprs
 from pdjax.trace.jaxprs import Var
-from pdjax.trace.jit import Values, placed
+from pdjax.trace.jit import Values, jit_on
 
 
 class Evaluation:
@@ -76,7 +76,7 @@ class Evaluation:
                 return index.distinct(program.run(dict(zip(names, values, strict=True))))
 
             self._indices.append(index)
-            self._runs.append(placed(run, placements[at]))
+            self._runs.append(jit_on(run, placements[at]))
             self._picked.append(picked)
         self._results = Results(split, slicing.num_microbatches, metric_axes, placements[where[-1]])
 

@@ -10,11 +10,12 @@ import optax
 from jax.sharding import Sharding
 
 from pdjax.runtime.state import StageState
-from pdjax.split.optimizer import StageUpdate, init_program
-from pdjax.trace import inline, jaxprs
-from pdjax.trace.inline import FlatProgram
-from pdjax.trace.jit import Values, placed
-from pdjax.trace.program import Program
+from pdjax.split.optimizer import StageUpdate
+from pdjax.split.traced_update import init_program
+from pdjax.trace import inline
+from pdjax.trace.inline import InlinedProgram
+from pdjax.trace.jit import Values, jit_on
+from pdjax.trace.program import Program, sliced
 from pdjax.trees import is_function, place
 
 
@@ -78,7 +79,7 @@ class _Given:
 class _Made:
     """Leaves that a function makes: what makes the others is not run."""
 
-    def __init__(self, program: FlatProgram) -> None:
+    def __init__(self, program: InlinedProgram) -> None:
         self._program = program
 
     def take(self, indices: Sequence[int], placement: Sharding) -> Values:
@@ -93,11 +94,10 @@ def _source(given: Any) -> _Source:
     return _Given(given)
 
 
-def _slice(program: FlatProgram, indices: Sequence[int]) -> Program:
+def _slice(program: InlinedProgram, indices: Sequence[int]) -> Program:
     """What makes some of a program's outputs."""
     wanted = tuple(program.outvars[i] for i in indices)
-    kept = jaxprs.needed(program.equations, wanted)
-    return Program(tuple(program.equations[i] for i in kept), {"made": wanted})
+    return sliced(program.equations, {"made": wanted})
 
 
 def _run(program: Program, values: dict[Any, Any], placement: Sharding) -> Values:
@@ -106,4 +106,4 @@ def _run(program: Program, values: dict[Any, Any], placement: Sharding) -> Value
     def run(read: Values) -> Values:
         return program.run(dict(zip(reads, read, strict=True)))["made"]
 
-    return placed(run, placement)(tuple(values[var] for var in reads))
+    return jit_on(run, placement)(tuple(values[var] for var in reads))

@@ -13,7 +13,7 @@ from jax.sharding import Sharding
 from pdjax.split.stages import StageSplit
 from pdjax.trace import jaxprs
 from pdjax.trace.jaxprs import Var
-from pdjax.trace.jit import Values, placed
+from pdjax.trace.jit import Values, jit_on
 from pdjax.trees import is_key
 
 Merge = int | Literal["combine", "same"]
@@ -53,7 +53,7 @@ class Results:
             "same" if not isinstance(atom, Var) else "combine" if axis is None else axis
             for atom, axis in zip(metrics, metric_axes, strict=True)
         ]
-        self._combine = placed(self._combined, placement)
+        self._combine = jit_on(self._combined, placement)
 
     def of_minibatch(self, microbatches: Sequence[Mapping[int, Any]]) -> Values:
         """The results of a minibatch.

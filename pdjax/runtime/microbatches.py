@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Sharding
 
-from pdjax.trace.jit import Values, placed
+from pdjax.trace.jit import Values, jit_on
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Intake:
     def __init__(self, placement: Sharding, *, keeps_in_place: bool) -> None:
         self._placement = placement
         self._keeps_in_place = keeps_in_place
-        self._divide = placed(_divide, placement, static=(0, 1, 2))
+        self._divide = jit_on(_divide, placement, static=(0, 1, 2))
 
     def take(
         self,

@@ -15,7 +15,7 @@ from pdjax.runtime.stage_input_weight import DividedRunner
 from pdjax.runtime.update import UpdateRunner
 from pdjax.split.differentiate import StagePrograms
 from pdjax.trace.jaxprs import Atom
-from pdjax.trace.jit import Values, accumulate, placed
+from pdjax.trace.jit import Values, accumulate, jit_on
 from pdjax.trace.program import Program
 
 
@@ -45,11 +45,11 @@ class StageRunner:
         self.forward_reads = self.inputs.reads(programs.forward)
         self.backward_reads = self.inputs.reads(programs.backward)
         self.fused_reads = self.inputs.reads(programs.fused)
-        self.forward = placed(self._forward, placement)
-        self.backward = placed(self._backward, placement, donate=(4,))
-        self.fused = placed(self._fused, placement, donate=(3,))
+        self.forward = jit_on(self._forward, placement)
+        self.backward = jit_on(self._backward, placement, donate=(4,))
+        self.fused = jit_on(self._fused, placement, donate=(3,))
         self.update = update
-        self.whole = placed(
+        self.whole = jit_on(
             self._whole, placement, donate=(0, 3) if update.donates_weights else (3,)
         )
         self._placement = placement

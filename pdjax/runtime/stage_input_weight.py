@@ -10,8 +10,8 @@ from jax.sharding import Sharding
 
 from pdjax.runtime.inputs import Given, StageInputs, restricted, shapes
 from pdjax.split.differentiate import StagePrograms
-from pdjax.split.input_weight import divide
-from pdjax.trace.jit import Values, accumulate, placed
+from pdjax.split.input_weight import split_input_weight
+from pdjax.trace.jit import Values, accumulate, jit_on
 
 
 class Held(NamedTuple):
@@ -38,7 +38,7 @@ class DividedRunner:
     """
 
     def __init__(self, programs: StagePrograms, inputs: StageInputs, placement: Sharding) -> None:
-        self.backward = divide(programs)
+        self.backward = split_input_weight(programs)
         self._inputs = inputs
         self._reads = inputs.reads(programs.backward)
         self._weight_reads = inputs.reads(self.backward.weight_part)
@@ -47,8 +47,8 @@ class DividedRunner:
         # A cotangent that is sent back may be held as well; it is returned once.
         sent = {id(atom): at for at, atom in enumerate(outputs["receives"])}
         self._sent_and_held = tuple(sent.get(id(var)) for var in outputs["held"])
-        self._input_part = placed(self._run_input_part, placement, donate=(4,))
-        self._weight_part = placed(self._run_weight_part, placement, donate=(2,))
+        self._input_part = jit_on(self._run_input_part, placement, donate=(4,))
+        self._weight_part = jit_on(self._run_weight_part, placement, donate=(2,))
 
     def input_part(
         self,

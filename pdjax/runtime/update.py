@@ -13,7 +13,7 @@ from jax.sharding import Sharding
 from pdjax.split.optimizer import UpdateSplit
 from pdjax.trace import jaxprs
 from pdjax.trace.jaxprs import Atom
-from pdjax.trace.jit import Values, placed, total
+from pdjax.trace.jit import Values, jit_on, total
 
 _PACKED = 64  # elements up to which values travel together in one array
 
@@ -63,7 +63,7 @@ class UpdateRunner:
         self._divisor = divisor
         donated = (0, 1) if donate_weights else (1, 2)  # the new weights take the place of one
         self.phases = tuple(
-            placed(self._phase(k), placement, donate=donated if k == self.num_phases - 1 else ())
+            jit_on(self._phase(k), placement, donate=donated if k == self.num_phases - 1 else ())
             for k in range(self.num_phases)
         )
 

@@ -1,9 +1,16 @@
 """The smallest stash from which a backward pass can be computed.
 
 Between a forward and its backward pass a stage keeps some values. Any set will do from which the
-residuals can be made again by equations that may be repeated. The one with the fewest bytes is a
-minimum cut: let every value be a pipe as wide as it has bytes, let flow enter where values are made
-that cannot be made again, and leave at the residuals.
+residuals can be computed again by repeatable equations. The set with the fewest bytes is a minimum
+cut of a flow network: every value is a pipe as wide as its number of bytes, flow enters at the
+values that cannot be computed again, and leaves at the residuals.
+
+    u = x w      f32[2,4], a product: not repeated       enters (32 bytes)
+    y = tanh u   f32[2,4], repeatable                    u → y
+    z = y y      f32[2,4], repeatable                    y → z
+    residuals y and z                                    both leave
+
+Here the cut severs u or y alone (32 bytes), never y and z (64 bytes).
 
 The idea of choosing recomputation by a minimum cut is that of the min-cut partitioner of PyTorch's
 AOTAutograd.
@@ -17,14 +24,14 @@ import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
-from pdjax.trace import jaxprs
+from pdjax.trace import dataflow, jaxprs
 from pdjax.trace.jaxprs import Equation, Var
 
 Repeatable = Callable[[Equation], bool]
 """Whether the backward pass may run an equation of the forward pass again."""
 
 _UNLIMITED = 2**30  # capacities are 32-bit integers
-_PER_VALUE_BYTES = 64  # what it costs to keep one more array, however small
+_PER_VALUE_BYTES = 64  # the price of one more array, however small
 
 
 def smallest_stash(
@@ -40,7 +47,7 @@ def smallest_stash(
         equations: the forward pass.
         at_hand: inputs that the backward pass is given anyway.
         received: inputs that it is given only if they are stored.
-        residuals: what the backward pass must have.
+        residuals: the values that the backward pass must have.
         repeatable: the equations that it may run again.
 
     Returns:
@@ -48,9 +55,10 @@ def smallest_stash(
         `at_hand` by repeatable equations.
     """
     given = set(at_hand)
-    reach = jaxprs.needed(equations, residuals, given)
     network = _Network()
-    for equation in (equations[i] for i in reach):
+    # 1. Flow enters at the results of equations that are not repeated, and goes on from the inputs
+    #    of a repeatable equation to its results. Values at hand carry none.
+    for equation in (equations[i] for i in dataflow.needed(equations, residuals, given)):
         again = repeatable(equation)
         inputs = [var for var in jaxprs.variables(equation.invars) if var not in given]
         for var in equation.outvars:
@@ -58,11 +66,13 @@ def smallest_stash(
                 network.enter(var)
             for source in inputs if again else ():
                 network.connect(source, var)
+    # 2. It enters at the received values too, and leaves at the residuals.
     for var in received:
         network.enter(var)
     for var in residuals:
         if var not in given:
             network.leave(var)
+    # 3. The values that the minimum cut severs are stored.
     chosen = network.minimum_cut()
     order = [*received, *(var for equation in equations for var in equation.outvars)]
     return tuple(var for var in order if var in chosen)

@@ -1,12 +1,13 @@
 """An optax optimizer, cut at the same places as the model.
 
-The update of the whole parameter tree is traced once and sliced by what each stage's new parameters
-depend on, so that every transformation works, whatever it does with the structure of the tree
-(masks, labels, schedules, factored moments). Most slice cleanly. Those that mix leaves, such as
-clipping by the global norm, need values of other stages: these are found by data flow and become
-exchanges between *phases* of the update:
+The update of the whole parameter tree is traced once and sliced by the data flow to each stage's
+new parameters, so that every transformation works, however it treats the structure of the tree
+(masks, labels, schedules, factored moments). Most slice cleanly. Transformations that mix leaves,
+such as clipping by the global norm, need values of other stages: these become exchanges between
+*phases* of the update:
 
-    phase 0   every stage computes what the others need of it (the sum of squares of its gradients)
+    phase 0   every stage computes the values that the others need (the sum of squares of its
+              gradients)
     phase 1   every stage has all of them, and computes its new parameters
 
 An optimizer that mixes nothing has one phase and exchanges nothing.
@@ -14,19 +15,19 @@ An optimizer that mixes nothing has one phase and exchanges nothing.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
-from pdjax.trace import inline, jaxprs
-from pdjax.trace.inline import FlatProgram
-from pdjax.trace.jaxprs import Equation, Var
-from pdjax.trace.program import Program
+from pdjax.split.supply import Demand, Supply
+from pdjax.split.traced_update import TracedUpdate, trace_update
+from pdjax.trace import dataflow, jaxprs
+from pdjax.trace.dataflow import DataFlow, propagate
+from pdjax.trace.jaxprs import Atom, Equation, Var
+from pdjax.trace.program import Program, sliced
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ class UpdateSplit:
         grads: a variable for each gradient leaf; that of a tied parameter is the sum over its
             stages, which is there from phase 1 on.
         state: a variable for each leaf of the optimizer state.
-        stages: what each stage runs.
+        stages: the part of each stage.
         state_tree: the structure of the optimizer state.
         consts: the arrays that the optimizer closed over.
         num_minibatches: a variable for the number of minibatches that an update is made for; None
@@ -99,156 +100,88 @@ def split_update(
     Raises:
         ValueError: if the update needs more than (gradients, state, params), or has side effects.
     """
-    leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: params))
-    state_leaves, state_tree = jax.tree.flatten(jax.eval_shape(optimizer.init, params))
-
-    counts = schedule_counts(jax.tree.unflatten(state_tree, range(len(state_leaves))))
-    rounds = rounds and bool(counts)
-
-    def update(
-        p: list[Any], g: list[Any], s: list[Any], num_minibatches: list[Any]
-    ) -> tuple[list[Any], list[Any]]:
-        old = jax.tree.unflatten(tree, p)
-        gradients, state = jax.tree.unflatten(tree, g), jax.tree.unflatten(state_tree, s)
-        updates, state = optimizer.update(gradients, state, old)
-        if scales is not None:
-            flat_updates = zip(jax.tree.leaves(updates), scales, strict=True)
-            updates = jax.tree.unflatten(tree, [u if k == 1 else u * k for u, k in flat_updates])
-        new = jax.tree.leaves(state)
-        for at in counts if rounds else ():
-            new[at] = s[at] + (new[at] - s[at]) * num_minibatches[0].astype(s[at].dtype)
-        return jax.tree.leaves(optax.apply_updates(old, updates)), new
-
-    extra = [jax.ShapeDtypeStruct((), jnp.int32)] if rounds else []
-    try:
-        program, _ = inline.trace(
-            update, leaves, leaves, state_leaves, extra, branches_as_selects=True
-        )
-    except TypeError as error:
-        raise ValueError(
-            f"optimizer.update(gradients, state, params) failed: {error}. pdjax gives an optimizer "
-            "these three; one that needs more, such as the loss, cannot be used."
-        ) from error
-    if any(map(jaxprs.has_effects, program.equations)):
-        raise ValueError(
-            "the optimizer's update has side effects (callbacks or prints), which cannot be "
-            "divided among the stages. Take them out of the optimizer, or put them into loss_fn."
-        )
-    placer = _UpdatePlacer(program, homes, num_stages, rounds)
-    return placer.place(param_names, state_tree)
-
-
-def schedule_counts(state: Any) -> list[Any]:
-    """The counters of an optimizer state by which optax schedules its hyperparameters.
-
-    A moment's own counter, which says how many updates it has seen, is none.
-    """
-    return [part.count for part in _parts(state) if isinstance(part, _SCHEDULED)]
-
-
-_SCHEDULED = (
-    optax.ScaleByScheduleState,
-    optax.InjectHyperparamsState,
-    optax.InjectStatefulHyperparamsState,
-)
-
-
-def _parts(state: Any) -> Iterator[Any]:
-    """All nodes of an optimizer state."""
-    yield state
-    children = jax.tree.leaves(state, is_leaf=lambda node: node is not state)
-    for child in children if not (len(children) == 1 and children[0] is state) else ():
-        yield from _parts(child)
-
-
-def init_program(optimizer: optax.GradientTransformation, params: Any) -> tuple[FlatProgram, Any]:
-    """The trace of ``optimizer.init`` over the parameter leaves, and the state's structure."""
-    leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: params))
-    return inline.trace(lambda *p: optimizer.init(jax.tree.unflatten(tree, p)), *leaves)
+    update = trace_update(optimizer, params, rounds=rounds, scales=scales)
+    return _UpdatePlacer(update, homes, num_stages).place(param_names)
 
 
 class _UpdatePlacer:
-    """Decides where each value of an update is computed, and what is exchanged when."""
+    """Decides where each value of an update is computed, and when it is exchanged.
+
+    Three stages with one parameter each, w0, w1, w2, and SGD with clipping by the global norm:
+
+        s_i = sum(g_i²);  n = s0 + s1 + s2;  c = min(1, 1 / sqrt n);  w_i' = w_i − η c g_i
+
+    1. Homes: w_i and g_i live on stage i. A leaf of the optimizer state lives with the parameters
+       that it helps to update.
+    2. Where each value may be computed: s_i on i. n mixes stages and is made of numbers alone: it
+       may be computed on every stage. w_i' is made of the array g_i: on i.
+    3. Supply: stage i must have w_i', so it must have c and n, so s_0 … s_2: each s_i is computed
+       on i and sent to the other two.
+    4. Phases: a value that a stage computes of its own values is of phase 0 (s_i); a value of
+       phase p is received in phase p + 1; a value computed of others is of the latest of their
+       phases: n, c and w_i' are of phase 1.
+
+    Attributes:
+        homes: for each parameter, gradient and leaf of the state the stages that hold it.
+        available: for each value the stages on which it may be computed.
+    """
 
     def __init__(
-        self,
-        program: FlatProgram,
-        homes: Sequence[Sequence[int]],
-        num_stages: int,
-        rounds: bool,
+        self, update: TracedUpdate, homes: Sequence[Sequence[int]], num_stages: int
     ) -> None:
-        count = len(homes)
-        self.program = program
+        self.update = update
         self.num_stages = num_stages
-        self.params, self.grads = program.invars[:count], program.invars[count : 2 * count]
-        self.num_minibatches = program.invars[-1] if rounds else None
-        self.state = program.invars[2 * count : len(program.invars) - rounds]
-        self.new_params, self.new_state = program.outvars[:count], program.outvars[count:]
-        self.maker = {v: i for i, e in enumerate(program.equations) for v in e.outvars}
-        self.homes = {v: frozenset(h) for v, h in zip(self.params, homes, strict=True)}
-        self.homes |= {v: frozenset(h) for v, h in zip(self.grads, homes, strict=True)}
+        self.flow = DataFlow(update.program.equations)
+        stages = list(map(frozenset, homes))
+        self.homes = dict(zip(update.params, stages, strict=True))
+        self.homes |= dict(zip(update.grads, stages, strict=True))
         self.homes |= self._state_homes()
         self.available = self._find_available()
-        self.run: list[set[int]] = [set() for _ in range(num_stages)]
-        self.sent: dict[Var, tuple[int, set[int]]] = {}
+        self.supply = Supply(self.flow, num_stages, self._source)
 
-    def place(self, param_names: tuple[str, ...], state_tree: Any) -> UpdateSplit:
-        for stage in range(self.num_stages):
-            self._supply(stage)
+    def place(self, param_names: tuple[str, ...]) -> UpdateSplit:
+        update, stages = self.update, range(self.num_stages)
+        wants = [[(var, s) for var in jaxprs.variables(self._wanted(s))] for s in stages]
+        for demands in wants:
+            self.supply.add(demands)
         phase = self._find_phases()
-        wants = [
-            (var, s) for s in range(self.num_stages) for var in jaxprs.variables(self._wanted(s))
-        ]
-        num_phases = 1 + max((phase[want] for want in wants), default=0)
+        last = max((phase[demand] for demands in wants for demand in demands), default=0)
         return UpdateSplit(
-            params=self.params,
-            grads=self.grads,
-            state=self.state,
-            stages=tuple(self._stage(s, num_phases, phase) for s in range(self.num_stages)),
-            state_tree=state_tree,
-            consts=dict(zip(self.program.constvars, self.program.consts, strict=True)),
-            num_minibatches=self.num_minibatches,
+            params=update.params,
+            grads=update.grads,
+            state=update.state,
+            stages=tuple(self._stage(s, 1 + last, phase) for s in stages),
+            state_tree=update.state_tree,
+            consts=dict(zip(update.program.constvars, update.program.consts, strict=True)),
+            num_minibatches=update.num_minibatches,
             mixes=self._describe_mixing(param_names),
         )
 
     # -------- where things are
 
-    @cached_property
-    def _readers(self) -> dict[Var, list[int]]:
-        readers: dict[Var, list[int]] = {}
-        for index, equation in enumerate(self.program.equations):
-            for var in jaxprs.variables(equation.invars):
-                readers.setdefault(var, []).append(index)
-        return readers
-
     def _state_homes(self) -> dict[Var, frozenset[int]]:
         """A leaf of the state lives with the parameters that it helps to update.
 
-        What counts is reached through values no smaller than the leaf: a moment helps its own
-        parameter, even where all of them meet in a norm; a step counter helps everyone.
+        It helps a parameter that is reached through values no smaller than the leaf: a moment helps
+        its own parameter, even where all of them meet in a norm; a step counter helps them all.
         """
+        update = self.update
         homes: dict[Var, frozenset[int]] = {}
-        for var in self.state:
+        for var in update.state:
             reached = self._reach(var)
             helped = [
                 self.homes[param]
-                for param, out in zip(self.params, self.new_params, strict=True)
-                if out in reached
+                for param, new in zip(update.params, update.new_params, strict=True)
+                if isinstance(new, Var) and new in reached
             ]
             if helped:
                 homes[var] = frozenset().union(*helped)
         return homes | self._homes_of_bystanders(homes)
 
     def _reach(self, root: Var) -> set[Var]:
-        reached, pending = {root}, [root]
-        while pending:
-            for index in self._readers.get(pending.pop(), ()):
-                for var in self.program.equations[index].outvars:
-                    large = jaxprs.num_elements(var) >= jaxprs.num_elements(root)
-                    if large and var not in reached:
-                        reached.add(var)
-                        pending.append(var)
-        return reached
+        """The values that depend on `root` through values that are no smaller."""
+        size = jaxprs.num_elements(root)
+        return self.flow.reachable([root], lambda _, var: jaxprs.num_elements(var) >= size)
 
     def _homes_of_bystanders(self, known: dict[Var, frozenset[int]]) -> dict[Var, frozenset[int]]:
         """Where leaves live that help no parameter: with the largest leaf that they are made from.
@@ -258,132 +191,128 @@ class _UpdatePlacer:
         homes = self.homes | known
         waiting = {
             var: new
-            for var, new in zip(self.state, self.new_state, strict=True)
+            for var, new in zip(self.update.state, self.update.new_state, strict=True)
             if var not in known
         }
-        while found := {
+        while sources := {
             var: source
             for var, new in waiting.items()
             if (source := self._largest_source(new, homes)) is not None
         }:
-            homes |= {var: homes[source] for var, source in found.items()}
-            waiting = {var: new for var, new in waiting.items() if var not in found}
+            homes |= {var: homes[source] for var, source in sources.items()}
+            waiting = {var: new for var, new in waiting.items() if var not in sources}
         return homes | dict.fromkeys(waiting, frozenset([0]))
 
-    def _largest_source(self, new: jaxprs.Atom, among: Container[Var]) -> Var | None:
+    def _inputs_behind(self, atom: Atom) -> list[Var]:
+        """The inputs of the update that a value is computed from."""
+        equations = [self.flow.equations[i] for i in self.flow.needed([atom])]
+        return dataflow.free_variables(equations, [atom])
+
+    def _largest_source(self, new: Atom, among: Container[Var]) -> Var | None:
         """Of the inputs that `new` is made from, the largest."""
-        equations = [self.program.equations[i] for i in self._needed([new])]
-        sources = [var for var in jaxprs.free_variables(equations, [new]) if var in among]
+        sources = [var for var in self._inputs_behind(new) if var in among]
         return max(sources, key=jaxprs.num_elements, default=None)
 
-    def _needed(self, wanted: Iterable[jaxprs.Atom]) -> list[int]:
-        return jaxprs.needed(self.program.equations, wanted)
-
     def _find_available(self) -> dict[Var, frozenset[int]]:
-        """For each value the stages on which it may be computed.
-
-        As long as it is made of what one stage has, that stage. A value that mixes stages is
-        computed where its arrays are, and the numbers that it takes besides are sent there; if it
-        is made of numbers alone, on every stage that wants it.
-        """
+        """For each value the stages on which it may be computed."""
         everywhere = frozenset(range(self.num_stages))
-        available = dict(self.homes) | dict.fromkeys(self.program.constvars, everywhere)
-        if self.num_minibatches is not None:
-            available[self.num_minibatches] = everywhere
-        mixed: set[Var] = set()
-        for equation in self.program.equations:
-            inputs = jaxprs.variables(equation.invars)
-            arrays = [var for var in inputs if jaxprs.num_elements(var) > 1]
-            stages = everywhere.intersection(*(available[var] for var in inputs))
-            if not stages or not mixed.isdisjoint(inputs):
-                mixed.update(equation.outvars)
-                stages = everywhere.intersection(*(available[var] for var in arrays))
-            stages = stages or available[max(arrays, key=jaxprs.num_elements)]
-            available.update(dict.fromkeys(equation.outvars, stages))
-        return available
+        start = {var: _Availability(stages) for var, stages in self.homes.items()}
+        start |= dict.fromkeys(self.update.program.constvars, _Availability(everywhere))
+        if self.update.num_minibatches is not None:
+            start[self.update.num_minibatches] = _Availability(everywhere)
+        rule = partial(_available, everywhere)
+        facts = propagate(self.flow.equations, start, rule)
+        return {var: fact.stages for var, fact in facts.items()}
 
-    # -------- what runs where and when
+    # -------- where and when values are computed
 
-    def _wanted(self, stage: int) -> list[jaxprs.Atom]:
+    def _wanted(self, stage: int) -> list[Atom]:
         """The outputs of the update that a stage keeps: its parameters, then its state."""
-        pairs = [
-            *zip(self.params, self.new_params, strict=True),
-            *zip(self.state, self.new_state, strict=True),
-        ]
-        return [new for old, new in pairs if stage in self.homes[old]]
+        outputs = self._outputs(stage)
+        return [*outputs["params"], *outputs["state"]]
 
-    def _supply(self, stage: int) -> None:
-        pending = [(var, stage) for var in jaxprs.variables(self._wanted(stage))]
-        done = set()
-        while pending:
-            var, at = want = pending.pop()
-            if want in done:
-                continue
-            done.add(want)
-            if at not in self.available[var]:
-                source = min(self.available[var])
-                self.sent.setdefault(var, (source, set()))[1].add(at)
-                pending.append((var, source))
-            elif var in self.maker:
-                self.run[at].add(self.maker[var])
-                inputs = jaxprs.variables(self.program.equations[self.maker[var]].invars)
-                pending += [(atom, at) for atom in inputs]
+    def _source(self, var: Var, stage: int) -> int:
+        """The stage that computes `var` for `stage`."""
+        return stage if stage in self.available[var] else min(self.available[var])
 
-    def _find_phases(self) -> dict[tuple[Var, int], int]:
-        """The phase in which a value is there on a stage: one later for each hop."""
-        tied = {var for var in self.grads if len(self.homes[var]) > 1}
+    def _find_phases(self) -> dict[Demand, int]:
+        """The phase in which a value is there on a stage: one later for each hop.
+
+        phase(input, home)       = 0; of the gradient of a tied parameter, a sum over stages, 1
+        phase(result, stage)     = the largest phase of the inputs of its equation there
+        phase(received, target)  = phase(received, source) + 1
+        """
+        makers, transfers = self.flow.makers, self.supply.transfers
+        tied = {var for var in self.update.grads if len(self.homes[var]) > 1}
         phase = {
             (var, stage): int(var in tied)
             for var, stages in self.available.items()
-            if var not in self.maker
+            if var not in makers
             for stage in stages
         }
-        for var, (source, targets) in self.sent.items():
-            if var not in self.maker:
-                phase |= {(var, target): phase[var, source] + 1 for target in targets}
-        for index, equation in enumerate(self.program.equations):
-            inputs = jaxprs.variables(equation.invars)
+
+        def receive(var: Var) -> None:
+            if (transfer := transfers.get(var)) is not None:
+                arrival = phase[var, transfer.source] + 1
+                phase.update(dict.fromkeys(((var, t) for t in transfer.targets), arrival))
+
+        for var in [var for var in transfers if var not in makers]:
+            receive(var)
+        for index, equation in enumerate(self.flow.equations):
+            inputs = self.flow.inputs(index)
             for stage in range(self.num_stages):
-                if index in self.run[stage]:
+                if index in self.supply.run[stage]:
                     ready = max((phase[var, stage] for var in inputs), default=0)
                     phase |= {(var, stage): ready for var in equation.outvars}
             for var in equation.outvars:
-                source, targets = self.sent.get(var, (0, ()))
-                phase |= {(var, target): phase[var, source] + 1 for target in targets}
+                receive(var)
         return phase
 
-    def _stage(self, stage: int, num_phases: int, phase: dict[tuple[Var, int], int]) -> StageUpdate:
-        sends: list[list[Var]] = [[] for _ in range(num_phases)]
-        receives: list[list[tuple[Var, int]]] = [[] for _ in range(num_phases)]
-        for var, (source, targets) in self.sent.items():
-            if source == stage:
-                sends[phase[var, stage]].append(var)
-            if stage in targets:
-                receives[phase[var, stage]].append((var, source))
-        for var in self.grads:
-            if len(self.homes[var]) > 1 and stage in self.homes[var]:
-                sends[0].append(var)
-                receives[1] += [(var, peer) for peer in sorted(self.homes[var] - {stage})]
-        equations = [self.program.equations[i] for i in sorted(self.run[stage])]
-        held = [v for v in (*self.params, *self.grads, *self.state) if stage in self.homes[v]]
-        phases, known = [], list(held)
+    def _stage(self, stage: int, num_phases: int, phase: dict[Demand, int]) -> StageUpdate:
+        update = self.update
+        sends, receives = self._exchanges(stage, num_phases, phase)
+        equations = [self.flow.equations[i] for i in sorted(self.supply.run[stage])]
+        inputs = (*update.params, *update.grads, *update.state)
+        phases, known = [], [var for var in inputs if stage in self.homes[var]]
         for index in range(num_phases):
-            known += [var for var, _ in receives[index] if var not in self.grads]
+            known += [var for var, _ in receives[index] if var not in update.grads]
             outputs: dict[str, tuple[Any, ...]] = {"sends": tuple(sends[index])}
             if index == num_phases - 1:
                 outputs = self._outputs(stage)
-            phases.append(_slice(equations, outputs, known))
+            phases.append(sliced(equations, outputs, known))
         return StageUpdate(
-            params=tuple(i for i, var in enumerate(self.params) if stage in self.homes[var]),
-            state=tuple(i for i, var in enumerate(self.state) if stage in self.homes[var]),
+            params=tuple(i for i, var in enumerate(update.params) if stage in self.homes[var]),
+            state=tuple(i for i, var in enumerate(update.state) if stage in self.homes[var]),
             phases=tuple(phases),
             receives=tuple(tuple(group) for group in receives),
         )
 
+    def _exchanges(
+        self, stage: int, num_phases: int, phase: dict[Demand, int]
+    ) -> tuple[list[list[Var]], list[list[tuple[Var, int]]]]:
+        """For each phase the values that a stage sends, and its received values with their stages.
+
+        The stages of a tied parameter send each other their parts of its gradient in phase 0.
+        """
+        sends: list[list[Var]] = [[] for _ in range(num_phases)]
+        receives: list[list[tuple[Var, int]]] = [[] for _ in range(num_phases)]
+        for var, transfer in self.supply.transfers.items():
+            if transfer.source == stage:
+                sends[phase[var, stage]].append(var)
+            if stage in transfer.targets:
+                receives[phase[var, stage]].append((var, transfer.source))
+        for var in self.update.grads:
+            if len(self.homes[var]) > 1 and stage in self.homes[var]:
+                sends[0].append(var)
+                receives[1] += [(var, peer) for peer in sorted(self.homes[var] - {stage})]
+        return sends, receives
+
     def _outputs(self, stage: int) -> dict[str, tuple[Any, ...]]:
+        """The new values of the parameters and of the state that a stage holds."""
+        update = self.update
         groups = {
-            "params": (self.params, self.new_params),
-            "state": (self.state, self.new_state),
+            "params": (update.params, update.new_params),
+            "state": (update.state, update.new_state),
         }
         return {
             name: tuple(n for o, n in zip(old, new, strict=True) if stage in self.homes[o])
@@ -391,23 +320,44 @@ class _UpdatePlacer:
         }
 
     def _describe_mixing(self, param_names: tuple[str, ...]) -> str | None:
-        names = dict(zip((*self.grads, *self.params), param_names * 2, strict=True))
-        for var, (source, targets) in self.sent.items():
-            equations = [self.program.equations[i] for i in self._needed([var])]
-            behind = set(jaxprs.free_variables(equations, [var]))
+        """A sentence about the first value that travels, or None if none does."""
+        grads = self.update.grads
+        names = dict(zip((*grads, *self.update.params), param_names * 2, strict=True))
+        for var, transfer in self.supply.transfers.items():
+            behind = set(self._inputs_behind(var))
             leaf = next((leaf for leaf in names if leaf in behind), None)
-            what = "gradient" if leaf in self.grads else "value"
+            what = "gradient" if leaf in grads else "value"
             name = f" of {names[leaf]!r}" if leaf in names else ""
             return (
-                f"the update of the parameters on stage {min(targets)} depends on the "
-                f"{what}{name} on stage {source}"
+                f"the update of the parameters on stage {min(transfer.targets)} depends on the "
+                f"{what}{name} on stage {transfer.source}"
             )
         return None
 
 
-def _slice(
-    equations: Sequence[Equation], outputs: dict[str, tuple[Any, ...]], known: Sequence[Var]
-) -> Program:
-    wanted = [atom for group in outputs.values() for atom in group]
-    kept = jaxprs.needed(equations, wanted, known)
-    return Program(tuple(equations[i] for i in kept), outputs)
+@dataclass(frozen=True)
+class _Availability:
+    """The stages on which a value may be computed, and whether it mixes values of several."""
+
+    stages: frozenset[int]
+    mixed: bool = False
+
+
+def _available(
+    everywhere: frozenset[int], equation: Equation, reads: dict[Var, _Availability]
+) -> _Availability:
+    """Where the results of an equation may be computed.
+
+    1. As long as one stage has all their inputs: on that stage.
+    2. If they mix stages: where the arrays are that they are made of, and the numbers that they
+       take besides are sent there; if they are made of numbers alone, on every stage.
+    3. If the arrays are on different stages: where the largest is.
+    """
+    arrays = [var for var in reads if jaxprs.num_elements(var) > 1]
+    stages = everywhere.intersection(*(fact.stages for fact in reads.values()))
+    mixed = not stages or any(fact.mixed for fact in reads.values())
+    if mixed:
+        stages = everywhere.intersection(*(reads[var].stages for var in arrays))
+    if not stages:
+        stages = reads[max(arrays, key=jaxprs.num_elements)].stages
+    return _Availability(stages, mixed)

@@ -1,10 +1,17 @@
-"""Loops and branches, taken apart by what their results depend on.
+"""Partial evaluation of loops and branches: their known results get equations of their own.
 
 One equation for a whole loop makes all of its results depend on all of its inputs. After
 differentiation, that of a loop over layers hands out the cast weights of every layer beside the
-activations, and they would be stored like these. `unbundle` gives the results that are made of
-parameters and constants alone (or, in a branch, of the choice and them) an equation of their own,
-which the backward pass can run again.
+activations, and they would be stored like these:
+
+    w16, y = scan[w16 = cast w; y = tanh(x w16)](w, x)      w known, x unknown
+
+As in JAX's partial evaluation, a value is *known* here if it depends on parameters and constants
+alone (or, in a branch, on the choice and them), and *unknown* otherwise. `partial_eval` computes
+the known results by an equation in front, which the backward pass can run again:
+
+    w16 = scan[w16 = cast w](w)
+    _, y = scan[w16 = cast w; y = tanh(x w16)](w, x)
 """
 
 from __future__ import annotations
@@ -14,45 +21,49 @@ from typing import Any
 
 import jax
 
-from pdjax.trace import inline, jaxprs
+from pdjax.trace import dataflow, inline, jaxprs
 from pdjax.trace.jaxprs import Atom, Equation, Var
 
 
-def unbundle(equations: Sequence[Equation], roots: Sequence[Var]) -> list[Equation]:
-    """Separates what depends on none of `roots` from the loops and branches that hold it.
+def partial_eval(equations: Sequence[Equation], unknown_inputs: Sequence[Var]) -> list[Equation]:
+    """Separates the known results of loops and branches from the unknown ones.
 
     Args:
         equations: a program.
-        roots: the inputs of which no result may be made that is to be separated.
+        unknown_inputs: the inputs that are unknown; the others are known.
 
     Returns:
         An equal program, with the same variables for the same values.
     """
-    rooted = set(roots)
+    unknown = set(unknown_inputs)
     result: list[Equation] = []
     for equation in equations:
-        separate = _SEPARATORS.get(equation.primitive.name)
-        parts = separate(equation, rooted) if separate else None
-        for part in parts or [equation]:
+        for part in _evaluated(equation, unknown):
             result.append(part)
-            if not rooted.isdisjoint(jaxprs.variables(part.invars)):
-                rooted.update(part.outvars)
+            if dataflow.reads_any(part, unknown):
+                unknown.update(part.outvars)
     return result
 
 
-def _separate_scan(equation: Equation, rooted: set[Var]) -> list[Equation] | None:
+def _evaluated(equation: Equation, unknown: set[Var]) -> list[Equation]:
+    """An equation, after others that make its known results if that takes only a part of it."""
+    rule = _RULES.get(equation.primitive.name)
+    all_known = not dataflow.reads_any(equation, unknown)
+    if rule is None or all_known or jaxprs.has_effects(equation):
+        return [equation]
+    return rule(equation, unknown)
+
+
+def _split_scan(equation: Equation, unknown: set[Var]) -> list[Equation]:
+    """A result of the loop is known if it depends on no unknown input and on no carried value."""
     closed = equation.params["jaxpr"]
     body = closed.jaxpr
     num_consts, num_carry = jaxprs.scan_layout(equation)
-    loose = _independent(body, body.outvars, _free_inputs(body.invars, equation.invars, rooted))
-    carried = set(body.invars[num_consts : num_consts + num_carry])
-    wanted = [
-        at
-        for at in range(num_carry, len(body.outvars))
-        if at in loose and not _inputs_of(body, body.outvars[at]) & carried
-    ]
-    if not wanted or _nothing_else(equation, rooted):
-        return None
+    carried = body.invars[num_consts : num_consts + num_carry]
+    known = _known_results(body, [*_unknown(body.invars, equation.invars, unknown), *carried])
+    wanted = [at for at in known if at >= num_carry]
+    if not wanted:
+        return [equation]
     step = _restricted(closed, wanted)
 
     def run(*operands: Any) -> Any:
@@ -67,53 +78,49 @@ def _separate_scan(equation: Equation, rooted: set[Var]) -> list[Equation] | Non
     return _with_own_equation(equation, wanted, run)
 
 
-def _separate_cond(equation: Equation, rooted: set[Var]) -> list[Equation] | None:
+def _split_cond(equation: Equation, unknown: set[Var]) -> list[Equation]:
+    """A result of the branches is known if it is in each of them; the choice may be unknown."""
     branches = equation.params["branches"]
-    wanted = set(range(len(equation.outvars)))
+    known = set(range(len(equation.outvars)))
     for closed in branches:
-        free = _free_inputs(closed.jaxpr.invars, equation.invars[1:], rooted)
-        wanted &= _independent(closed.jaxpr, closed.jaxpr.outvars, free)
-    if not wanted or _nothing_else(equation, rooted):
-        return None
-    chosen = sorted(wanted)
-    runs = [_restricted(closed, chosen) for closed in branches]
+        inside = _unknown(closed.jaxpr.invars, equation.invars[1:], unknown)
+        known.intersection_update(_known_results(closed.jaxpr, inside))
+    if not known:
+        return [equation]
+    wanted = sorted(known)
+    runs = [_restricted(closed, wanted) for closed in branches]
     return _with_own_equation(
-        equation, chosen, lambda index, *operands: jax.lax.switch(index, runs, *operands)
+        equation, wanted, lambda index, *operands: jax.lax.switch(index, runs, *operands)
     )
 
 
-_SEPARATORS: dict[str, Callable[[Equation, set[Var]], list[Equation] | None]] = {
-    "scan": _separate_scan,
-    "cond": _separate_cond,
+_RULES: dict[str, Callable[[Equation, set[Var]], list[Equation]]] = {
+    "scan": _split_scan,
+    "cond": _split_cond,
 }
 
 
-def _free_inputs(inner: Sequence[Var], outer: Sequence[Atom], rooted: set[Var]) -> set[Var]:
-    """The inner inputs whose outer values depend on no root."""
+def _unknown(inner: Sequence[Var], outer: Sequence[Atom], unknown: set[Var]) -> list[Var]:
+    """The inputs of a body whose values outside are unknown."""
     pairs = zip(inner, outer, strict=True)
-    return {var for var, atom in pairs if rooted.isdisjoint(jaxprs.variables([atom]))}
+    return [var for var, atom in pairs if isinstance(atom, Var) and atom in unknown]
 
 
-def _independent(body: Any, outvars: Sequence[Atom], free: set[Var]) -> set[int]:
-    """Positions of the results that are made of nothing but `free` inputs and constants."""
-    return {at for at, atom in enumerate(outvars) if _inputs_of(body, atom) <= free}
-
-
-def _inputs_of(body: Any, atom: Atom) -> set[Var]:
-    kept = [body.eqns[i] for i in jaxprs.needed(body.eqns, [atom])]
-    return set(jaxprs.free_variables(kept, [atom])) & set(body.invars)
-
-
-def _nothing_else(equation: Equation, rooted: set[Var]) -> bool:
-    """Whether the equation depends on no root anyway, or must not run twice."""
-    return rooted.isdisjoint(jaxprs.variables(equation.invars)) or jaxprs.has_effects(equation)
+def _known_results(body: Any, unknown: Sequence[Var]) -> list[int]:
+    """Positions of the results of a body that depend on none of its inputs `unknown`."""
+    reached = dataflow.reachable(body.eqns, unknown)
+    return [
+        at
+        for at, atom in enumerate(body.outvars)
+        if not isinstance(atom, Var) or atom not in reached
+    ]
 
 
 def _restricted(closed: Any, wanted: Sequence[int]) -> Callable[..., list[Any]]:
     """The function of a jaxpr, for some of its results only."""
     body = closed.jaxpr
     outvars = [body.outvars[at] for at in wanted]
-    kept = [body.eqns[i] for i in jaxprs.needed(body.eqns, outvars)]
+    kept = [body.eqns[i] for i in dataflow.needed(body.eqns, outvars)]
     run = jaxprs.as_function([*body.constvars, *body.invars], kept, outvars)
     return lambda *values: run(*closed.consts, *values)
 
@@ -121,7 +128,7 @@ def _restricted(closed: Any, wanted: Sequence[int]) -> Callable[..., list[Any]]:
 def _with_own_equation(
     equation: Equation, wanted: Sequence[int], run: Callable[..., Any]
 ) -> list[Equation]:
-    """The equation, and others in front of it that make its results `wanted` by `run`."""
+    """The equation, after others that make its results `wanted` by `run`."""
     # A result that is an operand handed through gets an equation, too: one that costs nothing.
     program, _ = inline.trace(
         lambda *operands: jax.tree.map(jax.lax.stop_gradient, run(*operands)),
@@ -130,8 +137,8 @@ def _with_own_equation(
     if program.constvars:
         return [equation]
     names: dict[Var, Atom] = dict(zip(program.invars, equation.invars, strict=True))
-    made = zip(program.outvars, (equation.outvars[at] for at in wanted), strict=True)
-    aliases = {inner: outer for inner, outer in made if isinstance(inner, Var)}
+    pairs = zip(program.outvars, (equation.outvars[at] for at in wanted), strict=True)
+    aliases = {inner: outer for inner, outer in pairs if isinstance(inner, Var)}
     if len(aliases) < len(wanted) or aliases.keys() & names.keys():
         return [equation]
     renamed = [jaxprs.renamed(inner, {**names, **aliases}) for inner in program.equations]

@@ -16,20 +16,22 @@ however many stages lie between.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from pdjax.split.state_placement import place_bookkeeping, state_conflict
+from pdjax.split.state_placement import place_state, state_conflict
+from pdjax.split.supply import Demand, Supply
 from pdjax.trace import jaxprs
+from pdjax.trace.dataflow import Fact, propagate
 from pdjax.trace.jaxprs import Atom, Equation, Var
 from pdjax.trace.layers import LayerGraph
-from pdjax.trace.loss_fn import Kind, TracedLoss
+from pdjax.trace.loss_fn import TracedLoss, ValueKind
 
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """What one stage computes for one microbatch, as equations.
+    """The equations of one stage, for one microbatch.
 
     Inputs, in this order: `params`, `consts`, `state`, `batch`, the key (if `uses_key`),
     `receives`. Outputs: `sends`, the new values of `updates`, `outputs`.
@@ -37,7 +39,7 @@ class Stage:
     Attributes:
         index: number of the stage, from 0.
         equations: its equations in program order.
-        params: indices of the parameter leaves that it holds.
+        params: positions of the parameters that it holds, in `TracedLoss.params`.
         consts: indices of the closed-over arrays that it reads.
         state: indices of the leaves of the mutable state that it reads.
         batch: indices of the batch leaves that it reads.
@@ -73,14 +75,14 @@ class StageSplit:
     Attributes:
         traced: the loss function.
         stages: the stages, in order.
-        homes: for each parameter leaf the stages that hold it, ascending; several where tied.
-        carriers: the values through which the gradient of the loss flows.
+        homes: for each parameter the stages that hold it, ascending; several where tied.
+        active_values: the values through which the gradient of the loss flows.
     """
 
     traced: TracedLoss
     stages: tuple[Stage, ...]
     homes: tuple[tuple[int, ...], ...]
-    carriers: frozenset[Var]
+    active_values: frozenset[Var]
 
     @property
     def results(self) -> tuple[Atom, ...]:
@@ -104,14 +106,13 @@ def split(graph: LayerGraph, first_layers: Sequence[int]) -> StageSplit:
 
     Raises:
         ValueError: if the cuts are not layer indices in order, or separate the equations that
-            read a mutable state from those that write it.
+            read a mutable state from its writers.
     """
     _check_cuts(graph, first_layers)
     stage_of = _stage_of_equations(graph, first_layers)
     num_stages = len(first_layers)
-    place_bookkeeping(graph.traced, stage_of)
-    placer = _Placer(graph.traced, stage_of, num_stages)
-    return placer.place()
+    place_state(graph.traced, stage_of)
+    return _StagePlacer(graph.traced, stage_of, num_stages).place()
 
 
 def _check_cuts(graph: LayerGraph, first_layers: Sequence[int]) -> None:
@@ -140,8 +141,16 @@ def _stage_of_equations(graph: LayerGraph, first_layers: Sequence[int]) -> dict[
 # ---------------------------------------------------------------- placement
 
 
-class _Placer:
-    """Finds for every value where it is computed, and for every parameter where it is held."""
+class _StagePlacer:
+    """Finds for every value where it is computed, and for every parameter where it is held.
+
+    Attributes:
+        stage_of: for each equation of the line, by its position, the stage that runs it.
+        behind: for each PARAMETER value the parameters that it is computed from.
+        homes: for each parameter the stages that hold it for their own equations, or the one
+            that holds it for the others.
+        earliest: for each PARAMETER value the first stage on which it can be computed.
+    """
 
     def __init__(self, traced: TracedLoss, stage_of: dict[int, int], num_stages: int) -> None:
         self.traced = traced
@@ -150,40 +159,66 @@ class _Placer:
         self.behind = _parameters_behind(traced)
         self.homes = self._find_homes()
         self.earliest = self._find_earliest()
-        self.run: list[set[int]] = [set() for _ in range(num_stages)]
-        self.inputs: list[set[Var]] = [set() for _ in range(num_stages)]
-        self.sent: dict[Var, tuple[int, set[int]]] = {}
+        self.supply = Supply(traced.flow, num_stages, self._source)
 
     def place(self) -> StageSplit:
+        """Cuts the loss function.
+
+        A chain of three layers with an L2 term, h1 = f(x, w0), h2 = f(h1, w1), loss = f(h2, w2) +
+        |w0|, one layer a stage:
+
+        1. `stage_of` gives each equation of the line its stage: h1 to 0, h2 to 1, the loss to 2.
+        2. The parameters' homes follow: w0 on 0, w1 on 1, w2 on 2.
+        3. Each stage must have the values that its equations read, and each result and each new
+           state must be on the stage that makes it (demands): (x, 0), (w0, 0), (h1, 1), …,
+           (|w0|, 2).
+        4. The supply finds the other equations that must run, and the values that must travel:
+           h1 goes 0 → 1, h2 goes 1 → 2. |w0| is a summary: it is computed on 0, where w0 is held,
+           and goes 0 → 2.
+        5. A parameter that a stage reads on the way gets that stage as one more home.
+        """
         results = results_of(self.traced)
         result_stages = [self._stage_of_result(atom) for atom in results]
         update_stages = self._state_writers()
-        wanted: list[tuple[Atom, int | None]] = [
-            (atom, stage)
-            for position, stage in self.stage_of.items()
-            for atom in self.traced.equations[position].invars
-        ]
-        wanted += zip(results, result_stages, strict=True)
-        wanted += zip(self.traced.new_state, update_stages, strict=True)
-        for position, stage in self.stage_of.items():
-            self.run[stage].add(position)
-        self._supply([(atom, s) for atom, s in wanted if isinstance(atom, Var) and s is not None])
-        for var, homes in self.homes.items():
-            for stage in homes:
-                self.inputs[stage].add(var)
+        self.supply.add(
+            [
+                *self._demands_of_line(),
+                *_demands(results, result_stages),
+                *_demands(self.traced.new_state, update_stages),
+            ]
+        )
+        homes = self._all_homes()
+        for var, stages in zip(self.traced.params, homes, strict=True):
+            for stage in stages:
+                self.supply.inputs[stage].add(var)
         self._check_state(update_stages)
-        stages = [
-            self._stage(stage, update_stages, result_stages) for stage in range(self.num_stages)
-        ]
         return StageSplit(
             traced=self.traced,
-            stages=tuple(stages),
-            homes=tuple(tuple(sorted(self.homes[var])) for var in self.traced.params),
-            carriers=_carriers(self.traced),
+            stages=tuple(
+                self._stage(stage, update_stages, result_stages) for stage in range(self.num_stages)
+            ),
+            homes=homes,
+            active_values=_active_values(self.traced),
         )
 
+    def _demands_of_line(self) -> list[Demand]:
+        """Every equation of the line runs on its stage, which must have all that it reads."""
+        for position, stage in self.stage_of.items():
+            self.supply.run[stage].add(position)
+        return [
+            (var, stage)
+            for position, stage in self.stage_of.items()
+            for var in self.traced.equations[position].invars
+            if isinstance(var, Var)
+        ]
+
     def _find_homes(self) -> dict[Var, set[int]]:
-        """Each parameter is held by the stages that compute with it, or that need it first."""
+        """Each parameter is held by the stages that compute with it, or by one.
+
+        1. The stages whose line reads it at full size.
+        2. If there are none: the first stage that needs a value made from it.
+        3. If there is none: the stage of the parameter before it.
+        """
         homes: dict[Var, set[int]] = {var: set() for var in self.traced.params}
         first_need: dict[Var, int] = {}
         for position, stage in self.stage_of.items():
@@ -194,29 +229,34 @@ class _Placer:
                 for var in self.behind.get(atom, ()):
                     first_need[var] = min(first_need.get(var, stage), stage)
         neighbour = 0
-        for var in self.traced.params:  # a parameter nobody uses stays with its neighbour
+        for var in self.traced.params:
             homes[var] = homes[var] or {first_need.get(var, neighbour)}
             neighbour = min(homes[var])
         return homes
 
+    def _all_homes(self) -> tuple[tuple[int, ...], ...]:
+        """The homes of each parameter, those included that the supply found to need it."""
+        return tuple(
+            tuple(stage for stage in range(self.num_stages) if self._is_held(var, stage))
+            for var in self.traced.params
+        )
+
+    def _is_held(self, param: Var, stage: int) -> bool:
+        return stage in self.homes[param] or param in self.supply.inputs[stage]
+
     def _find_earliest(self) -> dict[Var, int]:
-        """The first stage on which a PARAMETER value can be computed."""
-        earliest = {var: min(homes) for var, homes in self.homes.items()}
-        for equation in self.traced.equations:
-            for var in equation.outvars:
-                if self.traced.kind(var) is Kind.PARAMETER:
-                    inputs = jaxprs.variables(equation.invars)
-                    earliest[var] = max(earliest.get(atom, 0) for atom in inputs)
-        return earliest
+        """The first stage on which a PARAMETER value can be computed: the last of its inputs'."""
+        starts = {var: min(homes) for var, homes in self.homes.items()}
+        return _propagate_params(self.traced, starts, max)
 
     def _stage_of_result(self, atom: Atom) -> int | None:
-        """Where a result of the loss function is made; None for a literal."""
+        """The stage that makes a result of the loss function; None for a literal."""
         if not isinstance(atom, Var):
             return None
-        position = self.traced.maker.get(atom, -1)
+        position = self.traced.flow.makers.get(atom, -1)
         if position in self.stage_of:
             return self.stage_of[position]
-        if self.traced.kind(atom) is Kind.PARAMETER:
+        if self.traced.kind(atom) is ValueKind.PARAMETER:
             return self.earliest[atom]
         if atom in self.traced.state:
             return self._state_stage(self.traced.state.index(atom))
@@ -233,109 +273,104 @@ class _Placer:
     def _state_stage(self, index: int) -> int:
         """The stage that a leaf of the state belongs to: its writer's, or its last reader's."""
         old, new = self.traced.state[index], self.traced.new_state[index]
-        position = self.traced.maker.get(new, -1) if isinstance(new, Var) else -1
+        position = self.traced.flow.makers.get(new, -1) if isinstance(new, Var) else -1
         if position in self.stage_of:
             return self.stage_of[position]
         readers = [
             self.stage_of[position]
-            for position in self.traced.readers.get(old, ())
+            for position in self.traced.flow.readers.get(old, ())
             if position in self.stage_of
         ]
-        if not readers and isinstance(new, Var) and self.traced.kind(new) is Kind.PARAMETER:
+        if not readers and isinstance(new, Var) and self.traced.kind(new) is ValueKind.PARAMETER:
             return self.earliest[new]
         return max(readers, default=self.num_stages - 1)
 
-    def _supply(self, pending: list[tuple[Var, int]]) -> None:
-        """Makes every (value, stage) of `pending` available, and all that this takes."""
-        done: set[tuple[Var, int]] = set()
-        while pending:
-            want = pending.pop()
-            if want in done:
-                continue
-            done.add(want)
-            var, stage = want
-            source = self._source(var, stage)
-            if source != stage:
-                self.sent.setdefault(var, (source, set()))[1].add(stage)
-                pending.append((var, source))
-            elif var in self.traced.maker:
-                position = self.traced.maker[var]
-                self.run[stage].add(position)
-                inputs = jaxprs.variables(self.traced.equations[position].invars)
-                pending += [(atom, stage) for atom in inputs]
-            else:
-                self.inputs[stage].add(var)
-                if var in self.homes:
-                    self.homes[var].add(stage)
-
     def _source(self, var: Var, stage: int) -> int:
-        """The stage that computes `var` for `stage`."""
-        if var not in self.traced.maker:
+        """The stage that computes `var` for `stage`.
+
+        A value of the line is computed on its stage; a summary where its parameters are held, if
+        that is an earlier stage; everything else where it is read.
+        """
+        position = self.traced.flow.makers.get(var)
+        if position is None:
             return stage
-        if self.traced.maker[var] in self.stage_of:
-            return self.stage_of[self.traced.maker[var]]
+        if position in self.stage_of:
+            return self.stage_of[position]
         if var in self.traced.summaries and self.earliest[var] < stage:
-            held_here = all(stage in self.homes[param] for param in self.behind[var])
+            held_here = all(self._is_held(param, stage) for param in self.behind[var])
             return stage if held_here else self.earliest[var]
         return stage
 
     def _check_state(self, writers: Sequence[int | None]) -> None:
         for index, writer in enumerate(writers):
             for stage in range(self.num_stages):
-                reads = self.traced.state[index] in self.inputs[stage]
+                reads = self.traced.state[index] in self.supply.inputs[stage]
                 if reads and writer not in (None, stage):
                     raise ValueError(state_conflict(self.traced, index, stage, writer))
 
     def _stage(
         self, stage: int, updates: Sequence[int | None], results: Sequence[int | None]
     ) -> Stage:
-        traced = self.traced
-        receives = [var for var, (_, targets) in self.sent.items() if stage in targets]
-        sends = [var for var, (source, _) in self.sent.items() if source == stage]
-        receives.sort(key=traced.maker.__getitem__)
-        sends.sort(key=traced.maker.__getitem__)
+        traced, transfers, inputs = self.traced, self.supply.transfers, self.supply.inputs[stage]
+        in_order = sorted(transfers, key=traced.flow.makers.__getitem__)
+        receives = [var for var in in_order if stage in transfers[var].targets]
+        sends = [var for var in in_order if transfers[var].source == stage]
 
         def used(group: Sequence[Var]) -> tuple[int, ...]:
-            return tuple(i for i, var in enumerate(group) if var in self.inputs[stage])
+            return tuple(i for i, var in enumerate(group) if var in inputs)
 
         return Stage(
             index=stage,
-            equations=tuple(traced.equations[i] for i in sorted(self.run[stage])),
+            equations=tuple(traced.equations[i] for i in sorted(self.supply.run[stage])),
             params=used(traced.params),
             consts=used(traced.program.constvars),
             state=used(traced.state),
             batch=used(traced.batch),
-            uses_key=traced.key in self.inputs[stage],
+            uses_key=traced.key in inputs,
             receives=tuple(receives),
-            sources=tuple(self.sent[var][0] for var in receives),
+            sources=tuple(transfers[var].source for var in receives),
             sends=tuple(sends),
-            targets=tuple(tuple(sorted(self.sent[var][1])) for var in sends),
+            targets=tuple(tuple(sorted(transfers[var].targets)) for var in sends),
             updates=tuple(i for i, writer in enumerate(updates) if writer == stage),
             outputs=tuple(i for i, maker in enumerate(results) if maker == stage),
         )
 
 
+def _demands(atoms: Sequence[Atom], stages: Sequence[int | None]) -> list[Demand]:
+    """Each of `atoms` on its stage, without literals and without those of no stage."""
+    pairs = zip(atoms, stages, strict=True)
+    return [(atom, s) for atom, s in pairs if isinstance(atom, Var) and s is not None]
+
+
 def _parameters_behind(traced: TracedLoss) -> dict[Var, frozenset[Var]]:
-    """For each PARAMETER value all the parameters that it depends on."""
-    behind = {var: frozenset([var]) for var in traced.params}
-    for equation in traced.equations:
-        for var in equation.outvars:
-            if traced.kind(var) is Kind.PARAMETER:
-                inputs = jaxprs.variables(equation.invars)
-                behind[var] = frozenset().union(*(behind.get(atom, ()) for atom in inputs))
-    return behind
+    """For each PARAMETER value the parameters that it is computed from."""
+    start = {var: frozenset([var]) for var in traced.params}
+    return _propagate_params(traced, start, lambda behind: frozenset().union(*behind))
 
 
-def _carriers(traced: TracedLoss) -> frozenset[Var]:
-    """The values that depend on a parameter, and the loss on them, in a differentiable way."""
-    varied = set(traced.params)
-    for equation in traced.equations:
-        reads_varied = varied.intersection(jaxprs.variables(equation.invars))
-        if reads_varied and not jaxprs.blocks_gradient(equation):
-            varied.update(var for var in equation.outvars if jaxprs.is_inexact(var))
-    useful = set(jaxprs.variables([traced.loss]))
-    for equation in reversed(traced.equations):
-        if useful.intersection(equation.outvars) and not jaxprs.blocks_gradient(equation):
-            inputs = jaxprs.variables(equation.invars)
-            useful.update(var for var in inputs if jaxprs.is_inexact(var))
+def _propagate_params(
+    traced: TracedLoss, start: dict[Var, Fact], combine: Callable[[Iterable[Fact]], Fact]
+) -> dict[Var, Fact]:
+    """Carries a fact about each parameter to the PARAMETER values."""
+
+    def of_params(equation: Equation, reads: dict[Var, Fact]) -> Fact | None:
+        is_made = any(traced.kind(var) is ValueKind.PARAMETER for var in equation.outvars)
+        return combine(reads.values()) if is_made else None
+
+    return propagate(traced.equations, start, of_params)
+
+
+def _active_values(traced: TracedLoss) -> frozenset[Var]:
+    """The values through which the gradient of the loss flows.
+
+    As in the activity analysis of automatic differentiation, a value is active if it is *varied*
+    (it depends on a parameter) and *useful* (the loss depends on it), both by real numbers and
+    through equations that have a derivative.
+    """
+
+    def has_derivative(position: int, var: Var) -> bool:
+        return jaxprs.is_inexact(var) and not jaxprs.blocks_gradient(traced.equations[position])
+
+    varied = traced.flow.reachable(traced.params, has_derivative)
+    useful = traced.flow.sources([traced.loss], has_derivative)
     return frozenset(varied & useful)

@@ -1,10 +1,10 @@
-"""Where mutable state is kept.
+"""The stage on which each leaf of the mutable state is kept.
 
-What makes a new state (a moving average, a counter, a teacher's weights) often does not matter to
-the loss, and stands wherever the author wrote it, mostly at the end. These *bookkeeping* equations
-may run on any stage that has what they read. They are moved to the stage that reads the old value
-for the loss; if none does, to the first one that has all they need. So each leaf of the state is on
-one stage, and changes there once per microbatch, in order.
+The equations that make a new state (a moving average, a counter, a teacher's weights) often do not
+matter to the loss, and stand wherever the author wrote them, mostly at the end. Such *state
+updates* may run on any stage that has their inputs. They move to the stage that reads the old value
+for the loss; if none does, to the first one that has all their inputs. So each leaf of the state
+is on one stage, and changes there once per microbatch, in order.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from pdjax.trace.layers import LayerGraph
 from pdjax.trace.loss_fn import TracedLoss
 
 
-def place_bookkeeping(traced: TracedLoss, stage_of: dict[int, int]) -> None:
+def place_state(traced: TracedLoss, stage_of: dict[int, int]) -> None:
     """Moves the equations that only update the state; changes `stage_of` (by position) in place.
 
     Raises:
-        ValueError: if a state is needed for the loss on one stage, and what its new value is made
-            of on a later one only.
+        ValueError: if a state is needed for the loss on one stage, and the inputs of its new value
+            are on a later one only.
     """
-    placer = _Placer(traced, stage_of)
-    placer.move_back()
-    placer.gather()
+    placer = _StatePlacer(traced, stage_of)
+    placer.move_to_earliest()
+    placer.join_leaves()
 
 
 def inseparable_by_state(graph: LayerGraph) -> list[tuple[int, int]]:
     """Ranges of layers (first, last) that share a changing state, which a cut must not separate.
 
     Such a range begins with the first layer that reads a leaf of the state for the loss, and ends
-    with the last one that does or that makes what its new value is made of.
+    with the last one that reads it or that makes an input of its new value.
     """
     traced = graph.traced
     layer_of = _layers(graph)
-    placer = _Placer(traced, dict(layer_of))
-    placer.move_back()
+    placer = _StatePlacer(traced, dict(layer_of))
+    placer.move_to_earliest()
     ranges = []
     for index, (old, new) in enumerate(zip(traced.state, traced.new_state, strict=True)):
         if new is old:
             continue
         maker = _maker(traced, new)
-        positions = [*traced.readers.get(old, ()), maker]
+        positions = [*traced.flow.readers.get(old, ()), maker]
         touching = [layer_of[at] for at in positions if at in placer.on_path and at in layer_of]
         updating = [*placer.together(index), maker]
         if touching:
@@ -77,16 +77,34 @@ def _layers(graph: LayerGraph) -> dict[int, int]:
 
 def _maker(traced: TracedLoss, atom: Atom) -> int:
     """The position of the equation that makes a value; -1 if none does."""
-    return traced.maker.get(atom, -1) if isinstance(atom, Var) else -1
+    return traced.flow.makers.get(atom, -1) if isinstance(atom, Var) else -1
 
 
 def _on_loss_path(traced: TracedLoss) -> set[int]:
     """Positions of the equations that the loss and the metrics depend on."""
     weight = [] if traced.weight is None else [traced.weight]
-    return set(jaxprs.needed(traced.equations, [traced.loss, *weight, *traced.metrics]))
+    return set(traced.flow.needed([traced.loss, *weight, *traced.metrics]))
 
 
-class _Placer:
+class _StatePlacer:
+    """Moves the state updates among the stages.
+
+    Three stages, a state s that stage 0 reads for the loss, and two state updates that the author
+    wrote behind the loss, so that both begin on stage 2: m = mean(h1), s' = 0.9 s + 0.1 m.
+
+    1. Each update moves to the first stage that has its inputs: m to stage 1, where h1 is made; s'
+       too, as it reads m.
+    2. The updates of one leaf join, on the stage that reads the leaf for the loss: here that is
+       stage 0, before m can be computed, which is an error. If stage 1 reads s, all is well.
+    3. An update that reads a value that has moved to a later stage moves there too. Steps 2 and 3
+       are repeated until nothing moves. An equation only moves to later stages, so this ends.
+
+    Attributes:
+        stage_of: for each equation of the line, by its position, its stage; changed in place.
+        on_path: positions of the equations that the loss and the metrics depend on.
+        movable: positions of the state updates.
+    """
+
     def __init__(self, traced: TracedLoss, stage_of: dict[int, int]) -> None:
         self.traced = traced
         self.stage_of = stage_of
@@ -98,55 +116,56 @@ class _Placer:
         ]
         self.movable = {
             position
-            for position in jaxprs.needed(traced.equations, changing)
+            for position in traced.flow.needed(changing)
             if position in stage_of
             and position not in self.on_path
             and not jaxprs.has_effects(traced.equations[position])
         }
 
-    def inputs(self, position: int) -> list[Var]:
-        return jaxprs.variables(self.traced.equations[position].invars)
-
-    def move_back(self) -> None:
-        """Moves every equation to the first stage that has the values of the line it reads."""
+    def move_to_earliest(self) -> None:
+        """Moves every state update to the first stage that has the values of the line it reads."""
         for position in sorted(self.movable):
             self.stage_of[position] = self._first_stage(position)
 
     def _first_stage(self, position: int) -> int:
-        makers = (self.traced.maker.get(var, -1) for var in self.inputs(position))
+        makers = (self.traced.flow.makers.get(v, -1) for v in self.traced.flow.inputs(position))
         return max((self.stage_of[maker] for maker in makers if maker in self.stage_of), default=0)
 
-    def gather(self) -> None:
-        """Moves what updates a leaf of the state to one stage, until nothing moves any more."""
+    def join_leaves(self) -> None:
+        """Moves the updates of each leaf of the state to one stage, until nothing moves."""
+        updates = [self.together(index) for index in range(len(self.traced.state))]
         moved = True
         while moved:
             moved = False
-            for index in range(len(self.traced.state)):
-                together = self.together(index)
+            for index, together in enumerate(updates):
                 stage = self._home(index, together)
                 for position in together:
-                    moved |= self.stage_of[position] < stage
-                    self.stage_of[position] = max(self.stage_of[position], stage)
+                    moved |= self._postpone(position, stage)
             for position in sorted(self.movable):
-                first = self._first_stage(position)
-                moved |= self.stage_of[position] < first
-                self.stage_of[position] = max(self.stage_of[position], first)
+                moved |= self._postpone(position, self._first_stage(position))
+
+    def _postpone(self, position: int, stage: int) -> bool:
+        """Moves an equation to `stage` if that is later than its own; returns whether it moved."""
+        earlier = self.stage_of[position] < stage
+        if earlier:
+            self.stage_of[position] = stage
+        return earlier
 
     def together(self, index: int) -> list[int]:
-        """The bookkeeping that depends on a leaf of the state, or makes its new value."""
-        found = {_maker(self.traced, self.traced.new_state[index])} & self.movable
-        pending = [self.traced.state[index]]
-        while pending:
-            readers = self.traced.readers.get(pending.pop(), ())
-            for position in self.movable.intersection(readers) - found:
-                found.add(position)
-                pending += self.traced.equations[position].outvars
-        return sorted(found)
+        """The state updates that depend on a leaf of the state, or make its new value."""
+        flow, maker = self.traced.flow, _maker(self.traced, self.traced.new_state[index])
+
+        def goes_on(position: int, _: Var) -> bool:
+            return position in self.movable and position != maker
+
+        reached = flow.reachable([self.traced.state[index]], goes_on)
+        positions = {flow.makers[var] for var in reached if var in flow.makers}
+        return sorted(positions | ({maker} & self.movable))
 
     def _home(self, index: int, together: Sequence[int]) -> int:
-        """The stage for a leaf of the state: that of those who read it for the loss."""
+        """The stage for a leaf of the state: the one that reads it for the loss, if one does."""
         old, new = self.traced.state[index], self.traced.new_state[index]
-        readers = set(self.traced.readers.get(old, ())) - self.movable
+        readers = set(self.traced.flow.readers.get(old, ())) - self.movable
         fixed = {self.stage_of[position] for position in readers if position in self.stage_of}
         writer = _maker(self.traced, new)
         needs = [

@@ -1,6 +1,6 @@
 """An estimate of the work in an equation, from its shapes alone.
 
-It serves to place the first cuts of a model that nobody has measured. Matrix products and
+It serves to place the first cuts of a model that has not been measured. Matrix products and
 convolutions count two operations for each multiply-add; every other equation counts one for each
 element that it writes.
 """

@@ -1,4 +1,4 @@
-"""Traced programs, made flat.
+"""Traced programs with their nested calls inlined.
 
 Nested `jit` equations are inlined, so that a cut may fall between any two of the primitive
 operations, and every value gets a variable of its own.
@@ -15,14 +15,14 @@ import numpy as np
 from jax.extend import core as jex
 from jax.extend.core import primitives
 
-from pdjax.trace import jaxprs
+from pdjax.trace import dataflow, jaxprs
 from pdjax.trace.jaxprs import Atom, Equation, Var
 
 _REMATERIALISED = frozenset({"checkpoint", "remat", "remat2"})
 
 
 @dataclass(frozen=True, eq=False)
-class FlatProgram:
+class InlinedProgram:
     """A traced function without nested `jit`.
 
     Attributes:
@@ -93,7 +93,7 @@ class _Inliner:
         return list(results)
 
 
-def flatten(closed: jex.ClosedJaxpr, *, branches_as_selects: bool = False) -> FlatProgram:
+def inline_jaxpr(closed: jex.ClosedJaxpr, *, branches_as_selects: bool = False) -> InlinedProgram:
     """Inlines the nested `jit` equations of `closed` and renames every variable apart.
 
     With `branches_as_selects`, a `cond` becomes all of its branches and a selection, so that each
@@ -103,7 +103,7 @@ def flatten(closed: jex.ClosedJaxpr, *, branches_as_selects: bool = False) -> Fl
     invars = [jaxprs.fresh(var.aval) for var in closed.jaxpr.invars]
     outvars = inliner.run(closed, invars, "")
     constvars, consts = zip(*inliner.consts.values(), strict=True) if inliner.consts else ((), ())
-    return FlatProgram(
+    return InlinedProgram(
         tuple(invars),
         constvars,
         consts,
@@ -113,7 +113,7 @@ def flatten(closed: jex.ClosedJaxpr, *, branches_as_selects: bool = False) -> Fl
     )
 
 
-def inline(
+def inline_equations(
     equations: Sequence[Equation], outvars: Sequence[Atom]
 ) -> tuple[tuple[Equation, ...], list[Atom]]:
     """Inlines nested `jit` and `jax.checkpoint`; loops and branches stay one equation each.
@@ -123,23 +123,23 @@ def inline(
         outvars: values that are wanted of it.
 
     Returns:
-        An equal program that reads the same variables and makes others, and what `outvars` are
-        called there.
+        An equal program that reads the same variables and makes others, and its names for
+        `outvars`.
     """
-    reads = jaxprs.free_variables(equations, outvars)
+    reads = dataflow.free_variables(equations, outvars)
     inliner = _Inliner(inlined=jaxprs.INLINED | _REMATERIALISED)
     names = inliner.run(jaxprs.closed(reads, equations, outvars), reads, "")
-    return _baked(inliner.equations, names, dict(inliner.consts.values()))
+    return _with_literals(inliner.equations, names, dict(inliner.consts.values()))
 
 
-def bake(program: FlatProgram) -> FlatProgram:
+def consts_to_literals(program: InlinedProgram) -> InlinedProgram:
     """The same program with the arrays that it closed over as literals of its equations."""
     constants = dict(zip(program.constvars, program.consts, strict=True))
-    equations, outvars = _baked(program.equations, program.outvars, constants)
+    equations, outvars = _with_literals(program.equations, program.outvars, constants)
     return replace(program, constvars=(), consts=(), equations=equations, outvars=tuple(outvars))
 
 
-def _baked(
+def _with_literals(
     equations: Sequence[Equation], outvars: Sequence[Atom], constants: Mapping[Var, Any]
 ) -> tuple[tuple[Equation, ...], list[Atom]]:
     names: dict[Var, Atom] = {
@@ -150,12 +150,13 @@ def _baked(
     )
 
 
-def merge(
+def eliminate_common(
     equations: Sequence[Equation], outvars: Sequence[Atom]
 ) -> tuple[tuple[Equation, ...], list[Atom]]:
-    """Runs equations that are equal once; returns what `inline` does.
+    """Common subexpression elimination: runs equal equations once.
 
-    Those that are equal but for nested programs of their own stay apart.
+    Equations that are equal but for nested programs of their own stay apart. Returns an equal
+    program and its names for `outvars`, as `inline_equations` does.
     """
     names: dict[Var, Atom] = {}
     known: dict[Any, list[Equation]] = {}
@@ -173,15 +174,15 @@ def merge(
 
 def trace(
     function: Callable[..., Any], *args: Any, branches_as_selects: bool = False
-) -> tuple[FlatProgram, Any]:
+) -> tuple[InlinedProgram, Any]:
     """Traces `function` at the shapes of `args`; returns the program and its output structure."""
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-    flat = flatten(closed, branches_as_selects=branches_as_selects)
+    flat = inline_jaxpr(closed, branches_as_selects=branches_as_selects)
     return flat, jax.tree.structure(shapes)
 
 
 def _identity(atom: Atom) -> Any:
-    """What is equal for two reads of one value."""
+    """A key that is equal for two reads of one value."""
     if not isinstance(atom, jex.Literal):
         return atom
     value = atom.val

@@ -1,9 +1,9 @@
 """Reading, cutting and re-running traced programs.
 
-What pdjax knows about the inside of a jaxpr is here, in `pdjax.trace.inline` and in
-`pdjax.split.partial_eval`, and uses the public `jax.extend.core` only. Once a program is flat, the
-rest of pdjax works with lists of equations: it asks which of them a value needs (`needed`), and
-turns a list back into a function (`as_function`).
+All code that knows the inside of a jaxpr is here, in `pdjax.trace.inline` and in
+`pdjax.split.partial_eval`, and uses the public `jax.extend.core` only. Once a program is inlined,
+the rest of pdjax works with lists of equations: it follows values through them
+(`pdjax.trace.dataflow`), and turns a list back into a function (`as_function`).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def fresh(aval: Any) -> Var:
 
 
 def read(atoms: Sequence[Atom], names: Mapping[Var, Atom]) -> list[Any]:
-    """What `atoms` are called."""
+    """The names of `atoms`: those in `names`, or their own."""
     return [names.get(atom, atom) if isinstance(atom, jex.Var) else atom for atom in atoms]
 
 
@@ -86,28 +86,7 @@ def variables(atoms: Iterable[Atom]) -> list[Var]:
     return list(dict.fromkeys(atom for atom in atoms if not isinstance(atom, jex.Literal)))
 
 
-def needed(
-    equations: Sequence[Equation], wanted: Iterable[Atom], given: Iterable[Var] = ()
-) -> list[int]:
-    """Positions of the equations that `wanted` depends on, in order, stopping at `given`."""
-    live = set(variables(wanted)) - set(given)
-    stop = set(given)
-    kept = []
-    for index in range(len(equations) - 1, -1, -1):
-        if live.intersection(equations[index].outvars):
-            kept.append(index)
-            live.update(var for var in variables(equations[index].invars) if var not in stop)
-    return kept[::-1]
-
-
-def free_variables(equations: Sequence[Equation], outvars: Iterable[Atom]) -> list[Var]:
-    """The variables that `equations` and `outvars` read and no equation makes."""
-    made = {var for equation in equations for var in equation.outvars}
-    read = [atom for equation in equations for atom in equation.invars]
-    return [var for var in variables([*read, *outvars]) if var not in made]
-
-
-# ---------------------------------------------------------------- what an equation is
+# ---------------------------------------------------------------- properties of equations
 
 
 def scope_path(equation: Equation) -> str:
@@ -176,8 +155,8 @@ def subprograms(equation: Equation) -> list[Any]:
 def scan_layout(equation: Equation) -> tuple[int, int]:
     """The numbers of constants and of carried values of a scan; the rest is scanned over.
 
-    The names of a scan's parameters differ between versions of JAX; the shapes tell as well:
-    what is scanned over has one axis less inside the loop than outside.
+    The names of a scan's parameters differ between versions of JAX; the shapes say the same:
+    a value that is scanned over has one axis less inside the loop than outside.
     """
     (body,) = subprograms(equation)
 

@@ -1,4 +1,4 @@
-"""Jitted functions that live in one place."""
+"""Jitted functions of one placement, and the sums that they compute."""
 
 from __future__ import annotations
 
@@ -10,16 +10,23 @@ import jax
 from jax.sharding import Sharding
 
 Values = tuple[Any, ...]
-"""Arrays, or what stands for them in a trace."""
+"""Arrays, or their tracers."""
 
 
-def placed(
+def jit_on(
     function: Callable[..., Any],
     placement: Sharding,
     donate: tuple[int, ...] = (),
     static: tuple[int, ...] = (),
 ) -> Any:
-    """`jax.jit` of a function that fetches its inputs to a place and leaves its outputs there."""
+    """`jax.jit` of a function that moves its inputs to a placement and leaves its outputs there.
+
+    Args:
+        function: any function of arrays.
+        placement: where it runs.
+        donate: positions of the arguments whose buffers it may reuse.
+        static: positions of the arguments that are no arrays.
+    """
     return jax.jit(
         function,
         in_shardings=placement,
@@ -30,7 +37,7 @@ def placed(
 
 
 def total(parts: Sequence[Any]) -> Any:
-    """The sum of what several stages send, in the order given; of one part the part itself."""
+    """The sum of `parts` from several stages, in the order given; one part is its own sum."""
     return reduce(lambda sum_so_far, part: sum_so_far + part, parts)
 
 

@@ -24,9 +24,10 @@ from typing import Any
 
 from pdjax.errors import PdjaxWarning
 from pdjax.trace import jaxprs
+from pdjax.trace.dataflow import DataFlow
 from pdjax.trace.flops import equation_flops
 from pdjax.trace.jaxprs import Equation, Var
-from pdjax.trace.loss_fn import Kind, TracedLoss, trace_loss
+from pdjax.trace.loss_fn import TracedLoss, ValueKind, trace_loss
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def build_graph(
 
 
 def model_fingerprint(graph: LayerGraph) -> str:
-    """A digest of what a model is made of: its layers' names, its parameters and their bytes.
+    """A digest of the structure of a model: its layers' names, its parameters and their bytes.
 
     It does not depend on the batch size, the device or the version of JAX.
     """
@@ -119,14 +120,14 @@ def model_fingerprint(graph: LayerGraph) -> str:
 def _is_on_line(traced: TracedLoss, equation: Equation) -> bool:
     if jaxprs.has_effects(equation):
         return True
-    return any(traced.kind(var) is Kind.LINE for var in equation.outvars)
+    return any(traced.kind(var) is ValueKind.LINE for var in equation.outvars)
 
 
 # ---------------------------------------------------------------- finding the runs
 
 
 @dataclass
-class _Run:
+class _LayerRun:
     """Consecutive equations of the line under one label; `owns` says if they read parameters."""
 
     label: str
@@ -136,21 +137,21 @@ class _Run:
 
 def _find_runs(
     traced: TracedLoss, line: Sequence[int], reads: Sequence[frozenset[Var]]
-) -> list[_Run]:
+) -> list[_LayerRun]:
     scopes = _without_root([traced.program.paths[position] for position in line])
     name_of = dict(zip(traced.params, traced.param_names, strict=True))
-    runs: list[_Run] = []
+    runs: list[_LayerRun] = []
     for at, (scope, params) in enumerate(zip(scopes, reads, strict=True)):
         label = _label(scope, [name_of[var] for var in traced.params if var in params])
         if not runs or (label and label != runs[-1].label):
-            runs.append(_Run(label, at, bool(params)))
+            runs.append(_LayerRun(label, at, bool(params)))
         else:
             runs[-1].owns |= bool(params)
     return runs
 
 
 def _label(scope: str, params: list[str]) -> str:
-    """The module that an equation belongs to, or "" if nothing tells."""
+    """The module that an equation belongs to; "" if it is unknown."""
     if not params:
         return scope
     module = _common_module(params)
@@ -180,16 +181,16 @@ def _without_root(scopes: list[str]) -> list[str]:
     return [scope.partition("/")[2] for scope in scopes]
 
 
-def _merge_runs(runs: list[_Run]) -> list[_Run]:
+def _merge_runs(runs: list[_LayerRun]) -> list[_LayerRun]:
     """Joins runs without parameters to the run before them, and equal neighbours."""
-    merged: list[_Run] = []
+    merged: list[_LayerRun] = []
     for run in runs:
         if merged and (not run.owns or run.label == merged[-1].label):
             continue
         if merged and not merged[0].owns:
             merged = []
         start = run.start if merged else 0
-        merged.append(_Run(run.label or "loss", start, run.owns))
+        merged.append(_LayerRun(run.label or "loss", start, run.owns))
     return merged
 
 
@@ -200,7 +201,7 @@ def _describe(
     traced: TracedLoss,
     line: Sequence[int],
     reads: Sequence[frozenset[Var]],
-    runs: Sequence[_Run],
+    runs: Sequence[_LayerRun],
 ) -> tuple[Layer, ...]:
     crossing = _crossing_bytes(traced, line)
     names = _unique([run.label for run in runs])
@@ -236,17 +237,12 @@ def _unique(labels: list[str]) -> list[str]:
 
 def _crossing_bytes(traced: TracedLoss, line: Sequence[int]) -> list[int]:
     """For each position of the line, the bytes made before it and read at or after it."""
-    made: dict[Var, int] = {}
-    last_read: dict[Var, int] = {}
-    for at, position in enumerate(line):
-        equation = traced.equations[position]
-        made.update(dict.fromkeys(equation.outvars, at))
-        last_read.update(dict.fromkeys(jaxprs.variables(equation.invars), at))
+    flow = DataFlow([traced.equations[position] for position in line])
     steps = [0] * (len(line) + 2)
-    for var, at in made.items():
-        if var in last_read:
-            steps[at + 1] += jaxprs.num_bytes(var)
-            steps[last_read[var] + 1] -= jaxprs.num_bytes(var)
+    for var, made_at in flow.makers.items():
+        if var in flow.readers:
+            steps[made_at + 1] += jaxprs.num_bytes(var)
+            steps[flow.readers[var][-1] + 1] -= jaxprs.num_bytes(var)
     return list(accumulate(steps))
 
 

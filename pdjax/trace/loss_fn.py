@@ -1,4 +1,4 @@
-"""From a loss function to equations, sorted by what they depend on.
+"""From a loss function to equations, sorted by the inputs that they depend on.
 
 `trace_loss` runs the user's function once on abstract values. Every value is of one kind:
 
@@ -8,7 +8,7 @@
     LINE       on more than that: the computation that a pipeline cuts
 
 Matrix products and loops are never FREE (they would be repeated in every stage that needs them),
-and whatever has a side effect is on the line, where it runs once.
+and every equation with a side effect is on the line, where it runs once.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ import jax
 import jax.numpy as jnp
 
 from pdjax.trace import inline, jaxprs
-from pdjax.trace.inline import FlatProgram
+from pdjax.trace.dataflow import DataFlow, propagate
+from pdjax.trace.inline import InlinedProgram
 from pdjax.trace.jaxprs import Atom, Equation, Var
+from pdjax.trace.leaf_range import LeafRange, whole_leaves
 from pdjax.trees import leaf_names, shape_of
 
 
-class Kind(enum.Enum):
-    """What a value depends on (see the module's docstring)."""
+class ValueKind(enum.Enum):
+    """The inputs that a value depends on (see the module's docstring)."""
 
     CONSTANT = "constant"
     FREE = "free"
@@ -39,31 +41,34 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True, eq=False)
 class TracedLoss:
-    """A loss function as equations, with the part that each input and output plays.
+    """A loss function as equations, with the role of each input and output.
 
     Attributes:
         program: the equations.
-        params: a variable for each parameter leaf.
+        params: a variable for each parameter.
         state: a variable for each leaf of the mutable state.
         batch: a variable for each batch leaf, shaped as in one microbatch.
         key: the variable of the random key.
-        param_names: the path of each parameter leaf, such as ``"block_0/Dense_1/kernel"``.
+        param_ranges: for each parameter the leaf of the user's pytree, or the range of a leaf, that
+            it is. Today always whole leaves, in order.
+        param_names: the name of each parameter, such as ``"block_0/Dense_1/kernel"``.
         state_names: the same for the mutable state.
         loss: the scalar loss (with a weight: the sum).
         weight: the scalar weight that the sum is divided by, or None.
         new_state: the mutable state after the call, leaf by leaf.
         metrics: the flat metrics.
         metrics_tree: the structure of the metrics, or None if the function returns none.
-        kinds: what each variable depends on.
+        kinds: the kind of each variable.
         summaries: PARAMETER values that are so much smaller than their parameters that they are
             sent to where they are needed rather than the parameters.
     """
 
-    program: FlatProgram
+    program: InlinedProgram
     params: tuple[Var, ...]
     state: tuple[Var, ...]
     batch: tuple[Var, ...]
     key: Var
+    param_ranges: tuple[LeafRange, ...]
     param_names: tuple[str, ...]
     state_names: tuple[str, ...]
     loss: Atom
@@ -71,7 +76,7 @@ class TracedLoss:
     new_state: tuple[Atom, ...]
     metrics: tuple[Atom, ...]
     metrics_tree: Any
-    kinds: dict[Var, Kind] = field(repr=False)
+    kinds: dict[Var, ValueKind] = field(repr=False)
     summaries: frozenset[Var] = field(repr=False)
 
     @property
@@ -80,42 +85,23 @@ class TracedLoss:
         return self.program.equations
 
     @cached_property
-    def maker(self) -> dict[Var, int]:
-        """For each value that is not an input, the position of the equation that makes it."""
-        return {
-            var: position
-            for position, equation in enumerate(self.equations)
-            for var in equation.outvars
-        }
+    def flow(self) -> DataFlow:
+        """Which equation makes each value, and which read it."""
+        return DataFlow(self.equations)
 
-    @cached_property
-    def readers(self) -> dict[Var, list[int]]:
-        """For each value the positions of the equations that read it."""
-        readers: dict[Var, list[int]] = {}
-        for position, equation in enumerate(self.equations):
-            for var in jaxprs.variables(equation.invars):
-                readers.setdefault(var, []).append(position)
-        return readers
-
-    def kind(self, atom: Atom) -> Kind:
-        """What `atom` depends on; a literal depends on nothing."""
-        return self.kinds[atom] if isinstance(atom, Var) else Kind.CONSTANT
+    def kind(self, atom: Atom) -> ValueKind:
+        """The kind of `atom`; a literal is a constant."""
+        return self.kinds[atom] if isinstance(atom, Var) else ValueKind.CONSTANT
 
     def wide_params(self, atoms: Sequence[Atom]) -> frozenset[Var]:
         """The parameters that must be at hand to compute `atoms`: not reached by a summary."""
-        found: set[Var] = set()
-        seen: set[Var] = set()
-        pending = jaxprs.variables(atoms)
-        while pending:
-            var = pending.pop()
-            if var in seen or var in self.summaries or self.kind(var) is not Kind.PARAMETER:
-                continue
-            seen.add(var)
-            if var in self.maker:
-                pending.extend(jaxprs.variables(self.equations[self.maker[var]].invars))
-            else:
-                found.add(var)
-        return frozenset(found)
+
+        def is_wide(var: Var) -> bool:
+            return self.kind(var) is ValueKind.PARAMETER and var not in self.summaries
+
+        wide = filter(is_wide, jaxprs.variables(atoms))
+        values = self.flow.sources(wide, lambda _, var: is_wide(var))
+        return frozenset(var for var in values if var not in self.flow.makers)
 
 
 # ---------------------------------------------------------------- tracing
@@ -123,7 +109,7 @@ class TracedLoss:
 
 @dataclass
 class _Outputs:
-    """What the trace learns about the structure of the function's result."""
+    """The structure of the function's result, found by the trace."""
 
     metrics_tree: Any = None
 
@@ -152,8 +138,8 @@ def trace_loss(
     Raises:
         ValueError: if the result has another form, the loss is not a real scalar or depends on
             nothing, a metric is called "loss" and is something else, a parameter cannot be
-            differentiated, or the function uses what cannot be cut (ordered effects, mutable
-            arrays, sharding annotations).
+            differentiated, or the function cannot be cut (it uses ordered effects, mutable
+            arrays or sharding annotations).
     """
     param_leaves, param_tree = jax.tree.flatten(params)
     state_leaves, state_tree = jax.tree.flatten(model_state)
@@ -183,7 +169,7 @@ def trace_loss(
 
 
 def _assemble(
-    program: FlatProgram,
+    program: InlinedProgram,
     param_names: tuple[str, ...],
     state_names: tuple[str, ...],
     num_batch_leaves: int,
@@ -191,12 +177,13 @@ def _assemble(
     outputs: _Outputs,
 ) -> TracedLoss:
     num_params, num_states = len(param_names), len(state_names)
+    ranges = whole_leaves(num_params)
     invars, outvars = iter(program.invars), iter(program.outvars)
     params, state = _take(invars, num_params), _take(invars, num_states)
     batch, (key,) = _take(invars, num_batch_leaves), _take(invars, 1)
     loss, weight = next(outvars), next(outvars)
     kinds = _classify(program, params, state, batch, key)
-    if not isinstance(loss, Var) or kinds[loss] in (Kind.CONSTANT, Kind.FREE):
+    if not isinstance(loss, Var) or kinds[loss] in (ValueKind.CONSTANT, ValueKind.FREE):
         raise ValueError(
             "the loss depends on no parameter; expected a loss that a gradient step can lower. "
             "Check that loss_fn uses the params that it is given."
@@ -207,7 +194,8 @@ def _assemble(
         state=state,
         batch=batch,
         key=key,
-        param_names=param_names,
+        param_ranges=ranges,
+        param_names=tuple(part.name(param_names[part.leaf]) for part in ranges),
         state_names=state_names,
         loss=loss,
         weight=weight if weighted_loss else None,
@@ -231,7 +219,7 @@ def read_result(result: Any, model_state: Any, weighted: bool) -> tuple[Any, lis
     """Splits a loss function's result into (loss, leaves of the new state, metrics).
 
     Args:
-        result: what the function returned.
+        result: the value that the function returned.
         model_state: the mutable state that it was given, or None if it takes none.
         weighted: whether the loss is a pair (sum, weight).
     """
@@ -301,7 +289,7 @@ def _check_differentiable(leaves: list[Any], names: tuple[str, ...]) -> None:
             )
 
 
-def _check_supported(program: FlatProgram) -> None:
+def _check_supported(program: InlinedProgram) -> None:
     for equation, path in zip(program.equations, program.paths, strict=True):
         reason = jaxprs.unsupported(equation)
         if reason:
@@ -335,49 +323,52 @@ def _check_metric_names(traced: TracedLoss) -> None:
         )
 
 
-# ---------------------------------------------------------------- what depends on what
+# ---------------------------------------------------------------- kinds of values
 
 
 def _classify(
-    program: FlatProgram,
+    program: InlinedProgram,
     params: Sequence[Var],
     state: Sequence[Var],
     batch: Sequence[Var],
     key: Var,
-) -> dict[Var, Kind]:
-    kinds = dict.fromkeys(program.constvars, Kind.CONSTANT)
-    kinds |= dict.fromkeys(params, Kind.PARAMETER)
-    kinds |= dict.fromkeys(state, Kind.LINE)
-    kinds |= dict.fromkeys([*batch, key], Kind.FREE)
-    for equation in program.equations:
-        kind = _kind_of({kinds[var] for var in jaxprs.variables(equation.invars)})
-        unrepeatable = jaxprs.is_heavy(equation) and kind is not Kind.PARAMETER
-        if unrepeatable or jaxprs.has_effects(equation):
-            kind = Kind.LINE
-        kinds |= dict.fromkeys(equation.outvars, kind)
-    return kinds
+) -> dict[Var, ValueKind]:
+    """The kind of each value: that of its inputs together, or LINE where it must run once."""
+    inputs = dict.fromkeys(program.constvars, ValueKind.CONSTANT)
+    inputs |= dict.fromkeys(params, ValueKind.PARAMETER)
+    inputs |= dict.fromkeys(state, ValueKind.LINE)
+    inputs |= dict.fromkeys([*batch, key], ValueKind.FREE)
+
+    def kind_of_results(equation: Equation, reads: dict[Var, ValueKind]) -> ValueKind:
+        kind = _kind_of(set(reads.values()))
+        unrepeatable = jaxprs.is_heavy(equation) and kind is not ValueKind.PARAMETER
+        return ValueKind.LINE if unrepeatable or jaxprs.has_effects(equation) else kind
+
+    return propagate(program.equations, inputs, kind_of_results)
 
 
-def _kind_of(inputs: set[Kind]) -> Kind:
-    if Kind.LINE in inputs or {Kind.FREE, Kind.PARAMETER} <= inputs:
-        return Kind.LINE
-    for kind in (Kind.FREE, Kind.PARAMETER):
+def _kind_of(inputs: set[ValueKind]) -> ValueKind:
+    if ValueKind.LINE in inputs or {ValueKind.FREE, ValueKind.PARAMETER} <= inputs:
+        return ValueKind.LINE
+    for kind in (ValueKind.FREE, ValueKind.PARAMETER):
         if kind in inputs:
             return kind
-    return Kind.CONSTANT
+    return ValueKind.CONSTANT
 
 
 def _find_summaries(
-    program: FlatProgram, params: Sequence[Var], kinds: dict[Var, Kind]
+    program: InlinedProgram, params: Sequence[Var], kinds: dict[Var, ValueKind]
 ) -> frozenset[Var]:
     """PARAMETER values with fewer elements than the largest parameter behind them."""
-    largest = {var: jaxprs.num_elements(var) for var in params}
-    summaries = set()
-    for equation in program.equations:
-        if all(kinds[var] is Kind.PARAMETER for var in equation.outvars):
-            behind = max(largest.get(var, 0) for var in jaxprs.variables(equation.invars))
-            for var in equation.outvars:
-                largest[var] = behind
-                if jaxprs.num_elements(var) < max(behind, 2):
-                    summaries.add(var)
-    return frozenset(summaries)
+
+    def largest_behind(equation: Equation, reads: dict[Var, int]) -> int | None:
+        of_params = all(kinds[var] is ValueKind.PARAMETER for var in equation.outvars)
+        return max(reads.values(), default=0) if of_params else None
+
+    sizes = {var: jaxprs.num_elements(var) for var in params}
+    largest = propagate(program.equations, sizes, largest_behind)
+    return frozenset(
+        var
+        for var, size in largest.items()
+        if var not in sizes and jaxprs.num_elements(var) < max(size, 2)
+    )

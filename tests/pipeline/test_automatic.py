@@ -14,8 +14,8 @@ import pdjax
 from pdjax import cache
 from pdjax.plan import PlanOptions, plan_pipeline
 from pdjax.profile import cached
-from pdjax.profile.measure import estimate
 from pdjax.profile.rates import Rates
+from pdjax.profile.roofline import estimate
 from pdjax.trace.layers import build_graph
 from pdjax.trace.random_key import taking_key
 

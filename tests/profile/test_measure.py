@@ -17,10 +17,14 @@ from rich.console import Console
 
 from pdjax.errors import PdjaxWarning
 from pdjax.profile import measure as profiler
-from pdjax.profile import timing
-from pdjax.profile.measure import check_profile, estimate, measure
+from pdjax.profile import progress as progress_bar
+from pdjax.profile import stage_timer, timing
+from pdjax.profile.check import check_profile
+from pdjax.profile.finest_cut import finest_cut
+from pdjax.profile.measure import measure
 from pdjax.profile.profile import Profile
 from pdjax.profile.rates import find_rates
+from pdjax.profile.roofline import estimate
 from pdjax.split.differentiate import differentiate, differentiate_alone
 from pdjax.split.stages import split
 from pdjax.trace import jaxprs
@@ -58,7 +62,7 @@ def test_equal_layers_are_derived_and_compiled_once(num_blocks, compilations, mo
     """The first block has no input to differentiate by, the last one makes the loss."""
     derived = []
     monkeypatch.setattr(
-        profiler,
+        stage_timer,
         "differentiate_alone",
         lambda split, stage: derived.append(stage.index) or differentiate_alone(split, stage),
     )
@@ -89,7 +93,7 @@ def stopped(p: Any, x: Any, rng: Any) -> Any:
 
 
 def test_layers_of_equal_equations_but_other_gradients_are_not_alike():
-    cut = profiler._cut(functional(stopped, 6))
+    cut = finest_cut(functional(stopped, 6))
     assert cut.alike == (0, 1, 2, 3, 3, 4)
 
 
@@ -105,7 +109,7 @@ def test_layers_of_equal_equations_that_send_other_shapes_are_not_alike():
 
     graph = functional(loss_fn, 5)
     assert len({layer.fingerprint for layer in graph.layers[:4]}) == 1
-    assert profiler._cut(graph).alike == (0, 1, 2, 2, 3)
+    assert finest_cut(graph).alike == (0, 1, 2, 2, 3)
 
 
 def test_layers_of_equal_equations_that_send_more_are_not_alike():
@@ -119,7 +123,7 @@ def test_layers_of_equal_equations_that_send_more_are_not_alike():
 
     graph = functional(loss_fn, 5)
     assert len({layer.fingerprint for layer in graph.layers[:4]}) == 1
-    assert profiler._cut(graph).alike == (0, 1, 2, 2, 3)
+    assert finest_cut(graph).alike == (0, 1, 2, 2, 3)
 
 
 # ---------------------------------------------------------------- figures
@@ -173,7 +177,7 @@ def test_flops_are_xlas_count_or_ours_where_it_misses_some(monkeypatch):
 
 def test_seconds_are_medians_without_the_dispatch(monkeypatch):
     samples = np.array([[2.0, 3.0], [4.0, 5.0], [9.0, 0.25], [3.0, 4.0], [1.0, 0.25]])
-    monkeypatch.setattr(profiler, "sample", lambda calls, repeats: samples)
+    monkeypatch.setattr(stage_timer, "sample", lambda calls, repeats: samples)
     monkeypatch.setattr(profiler, "dispatch_s", lambda placement, repeats: 0.5)
     layer = quick(graph_of(zoo.dense_blocks(3))).layers[1]
     assert (layer.forward_s, layer.backward_s) == (2.5, 2.5)
@@ -216,7 +220,7 @@ def inputs(monkeypatch):
         collected.append((programs, dict(values)))
         return values
 
-    monkeypatch.setattr(profiler, "make_inputs", make_inputs)
+    monkeypatch.setattr(stage_timer, "make_inputs", make_inputs)
     return collected
 
 
@@ -378,7 +382,7 @@ def late_update(on_path: bool) -> LayerGraph:
 @pytest.mark.parametrize("on_path", [True, False])
 def test_layers_that_share_a_state_are_timed_together(on_path):
     graph = late_update(on_path)
-    cut = profiler._cut(graph)
+    cut = finest_cut(graph)
     groups = [[layer.name for layer in layers] for layers in cut.layers]
     assert groups in ([["w0", "w1", "w2", "w3"], ["w4"]], [["w0"], ["w1", "w2", "w3"], ["w4"]])
     profile = quick(graph)
@@ -453,7 +457,7 @@ def test_nothing_is_printed_where_there_is_no_terminal(capfd):
 def test_a_bar_on_a_terminal_if_it_is_wanted(progress, monkeypatch):
     terminal = io.StringIO()
     monkeypatch.setattr(
-        profiler, "Console", lambda **_: Console(file=terminal, force_terminal=True)
+        progress_bar, "Console", lambda **_: Console(file=terminal, force_terminal=True)
     )
     quick(graph_of(zoo.dense_blocks(3)), progress=progress)
     assert ("7/7" in terminal.getvalue()) == progress

@@ -12,9 +12,11 @@ import pytest
 import zoo
 
 from pdjax.errors import PdjaxWarning
-from pdjax.profile.measure import check_profile, estimate, measure
+from pdjax.profile.check import check_profile
+from pdjax.profile.measure import measure
 from pdjax.profile.profile import Profile
 from pdjax.profile.rates import BYTES_EFFICIENCY, FLOPS_EFFICIENCY, Rates, find_rates
+from pdjax.profile.roofline import estimate
 from pdjax.trace.layers import LayerGraph, build_graph, model_fingerprint
 
 KEY = jax.random.key(0)

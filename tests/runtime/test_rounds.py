@@ -17,7 +17,7 @@ import pdjax
 from pdjax import schedules
 from pdjax.schedules.weight_rule import STASH
 from pdjax.simulate import StageCost, steady_s
-from pdjax.split.optimizer import schedule_counts
+from pdjax.split.traced_update import schedule_counts
 
 KEY = jax.random.key(5)
 

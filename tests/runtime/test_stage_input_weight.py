@@ -30,7 +30,7 @@ from test_properties import (
 from pdjax.runtime.inputs import Given, Reads, restricted
 from pdjax.runtime.stage import StageRunner
 from pdjax.split.differentiate import StagePrograms, differentiate
-from pdjax.split.input_weight import divide
+from pdjax.split.input_weight import split_input_weight
 from pdjax.split.stages import StageSplit, split
 from pdjax.trace import jaxprs
 from pdjax.trace.layers import build_graph
@@ -42,7 +42,7 @@ class InTwoParts:
     """Runs a backward pass in its two parts, the second on what it may read only."""
 
     def __init__(self, programs: StagePrograms) -> None:
-        self.parts = divide(programs)
+        self.parts = split_input_weight(programs)
         assert_disjoint(programs, self.parts)
         saved = programs.forward.outputs["saved"]
         hidden = {*programs.cotangents, *saved} - {saved[at] for at in self.parts.kept}
@@ -219,7 +219,8 @@ def test_two_parts_make_the_same_to_the_last_bit():
 def test_a_stage_that_is_not_asked_for_its_parts_is_not_divided(monkeypatch):
     case = zoo.dense_blocks()
     monkeypatch.setattr(
-        "pdjax.runtime.stage_input_weight.divide", lambda programs: pytest.fail("divided")
+        "pdjax.runtime.stage_input_weight.split_input_weight",
+        lambda programs: pytest.fail("divided"),
     )
     line = Line(*stages_of(case.loss_fn, case.params, case.make_batch(2, 0), (0, 2, 4)))
     line.run(case, False)

@@ -13,9 +13,9 @@ import zoo
 from test_properties import KEY
 
 from pdjax.split.differentiate import StagePrograms, differentiate
-from pdjax.split.input_weight import DividedBackward, divide
+from pdjax.split.input_weight import InputWeightSplit, split_input_weight
 from pdjax.split.stages import split
-from pdjax.trace import jaxprs
+from pdjax.trace import dataflow, jaxprs
 from pdjax.trace.layers import build_graph
 
 FAST_KEY = jax.random.key(2, impl="unsafe_rbg")  # compiles in a fraction of the time
@@ -68,7 +68,7 @@ def products(equations: Sequence[Any]) -> int:
 
 def counts(programs: StagePrograms) -> tuple[int, int, int]:
     """The products of the input part, the weight part and the undivided pass."""
-    parts = divide(programs)
+    parts = split_input_weight(programs)
     runs = parts.input_part, parts.weight_part, programs.backward
     return tuple(products(run.equations) for run in runs)  # pyright: ignore[reportReturnType]
 
@@ -172,17 +172,17 @@ def test_the_first_stage_has_a_weight_part_only():
     _, (first, *_) = stages_of(chain(plain), weights(), RECTANGLE, (0, 2, 4))
     assert not first.gradient_receives
     assert counts(first) == (0, 3, 3)
-    parts = divide(first)
+    parts = split_input_weight(first)
     assert parts.early == ()
     assert parts.input_part.equations == ()
     assert parts.input_part.outputs["held"] == first.cotangents
 
 
 def test_equations_that_nothing_needs_are_in_no_part():
-    parts = divide(middle(chain(checkpointed)))
+    parts = split_input_weight(middle(chain(checkpointed)))
     for part in (parts.input_part, parts.weight_part):
         wanted = [atom for group in part.outputs.values() for atom in group]
-        assert len(jaxprs.needed(part.equations, wanted)) == len(part.equations)
+        assert len(dataflow.needed(part.equations, wanted)) == len(part.equations)
 
 
 # ---------------------------------------------------------------- loops and branches
@@ -211,7 +211,7 @@ STACKED = {
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_a_loop_over_layers_is_in_the_input_part(dtype, decay):
     programs = middle(scanned(dtype, decay), STACKED, starts=(0, 1, 2))
-    parts = divide(programs)
+    parts = split_input_weight(programs)
     assert counts(programs) == (2, 0, 2)
     assert (parts.early, parts.late) == ((0,), ())
     assert parts.input_part.outputs["held"] == ()
@@ -233,7 +233,7 @@ def test_a_loop_that_is_computed_again_is_inlined_once():
         return jnp.mean((x @ p["end"]) ** 2)
 
     programs = middle(loss_fn, {**STACKED, "end": STACKED["last"]}, starts=(0, 1, 2))
-    parts = divide(programs)
+    parts = split_input_weight(programs)
     assert len(parts.early) == len(parts.late) == 1  # of the loop's weights, and of the last ones
     assert counts(programs) == (1 + 1 + 3, 1, 6)
     assert [jaxprs.aval(v).shape for v in parts.input_part.outputs["held"]] == [(ROWS, WIDTH)] * 2
@@ -243,7 +243,7 @@ def test_a_branch_stays_whole():
     def layer(w, x, key):
         return jax.lax.cond(x[0, 0] > 0, lambda w, x: jnp.tanh(x @ w), lambda w, x: x @ w, w, x)
 
-    parts = divide(middle(chain(layer)))
+    parts = split_input_weight(middle(chain(layer)))
     assert (parts.early, parts.late) == ((0, 1), ())
     assert parts.weight_part.equations == ()
 
@@ -253,7 +253,7 @@ def test_a_branch_stays_whole():
 
 def test_what_waits_for_the_weight_part_of_a_layer():
     """Of each layer its input and the cotangent of its product."""
-    parts = divide(middle(chain(plain)))
+    parts = split_input_weight(middle(chain(plain)))
     held = parts.input_part.outputs["held"]
     assert len(held) == len(parts.kept) == 2
     assert {jaxprs.aval(var).shape for var in held} == {(ROWS, WIDTH)}
@@ -265,7 +265,7 @@ def test_what_waits_for_the_weight_part_of_a_layer():
     "layer", [plain, transposed_bf16, normalised, checkpointed, twice_checkpointed]
 )
 def test_no_weight_is_held(layer, remat):
-    parts = divide(middle(chain(layer), remat=remat))
+    parts = split_input_weight(middle(chain(layer), remat=remat))
     held = parts.input_part.outputs["held"]
     assert 0 < parts.held_bytes < 2 * WEIGHT_BYTES
     assert (WIDTH, WIDTH) not in {jaxprs.aval(var).shape for var in held}
@@ -279,18 +279,18 @@ LAYERS = [plain, normalised, transposed_bf16, dropped_out, checkpointed, twice_c
 def test_nothing_of_a_microbatch_is_computed_twice(layer, remat):
     """What both parts run is made of parameters and constants."""
     programs = middle(chain(layer), remat=remat)
-    parts = divide(programs)
+    parts = split_input_weight(programs)
     assert_disjoint(programs, parts)
     both = set(parts.input_part.equations) & set(parts.weight_part.equations)
     if layer is normalised:
         assert any(e.primitive.name == "sqrt" for e in both)
 
 
-def assert_disjoint(programs: StagePrograms, parts: DividedBackward) -> None:
+def assert_disjoint(programs: StagePrograms, parts: InputWeightSplit) -> None:
     both = set(parts.input_part.equations) & set(parts.weight_part.equations)
     allowed = {*programs.inputs["params"], *programs.inputs["consts"], programs.seed}
     in_order = [e for e in parts.weight_part.equations if e in both]
-    assert set(jaxprs.free_variables(in_order, [])) <= allowed
+    assert set(dataflow.free_variables(in_order, [])) <= allowed
     saved = {programs.forward.outputs["saved"][at] for at in parts.kept}
     inputs = {var for name, group in programs.inputs.items() if name != "receives" for var in group}
     held = parts.input_part.outputs["held"]
@@ -300,7 +300,7 @@ def assert_disjoint(programs: StagePrograms, parts: DividedBackward) -> None:
 
 def test_a_mask_of_the_key_is_not_made_for_the_weights():
     programs = middle(chain(dropped_out))
-    parts = divide(programs)
+    parts = split_input_weight(programs)
     assert programs.inputs["key"][0] in parts.input_part.reads
     assert programs.inputs["key"][0] not in parts.weight_part.reads
 
@@ -308,7 +308,7 @@ def test_a_mask_of_the_key_is_not_made_for_the_weights():
 def test_a_gradient_that_is_a_cotangent_is_not_held():
     params = {f"w{i}": RECTANGLE for i in range(6)}
 
-    parts = divide(middle(chain(lambda w, x, key: jnp.tanh(x + w)), params))
+    parts = split_input_weight(middle(chain(lambda w, x, key: jnp.tanh(x + w)), params))
     assert (parts.early, parts.late) == ((0, 1), ())
     assert parts.held_bytes == 0
 
@@ -320,7 +320,7 @@ def test_gradients_of_a_scaled_penalty_are_made_late():
         penalty = sum(jnp.sum(w**2) for w in p.values())
         return chain(plain)(p, x, rng) * (1 + penalty)
 
-    parts = divide(middle(loss_fn))
+    parts = split_input_weight(middle(loss_fn))
     assert parts.late == (0, 1)
     shapes = [jaxprs.aval(var).shape for var in parts.input_part.outputs["held"]]
     assert sorted(shapes) == [(), (ROWS, WIDTH), (ROWS, WIDTH)]
@@ -333,7 +333,7 @@ def test_unused_and_shared_weights():
         return jnp.mean((x @ p["w3"]) ** 2)
 
     programs = middle(loss_fn, weights(4), starts=(0, 1, 2))
-    parts = divide(programs)
+    parts = split_input_weight(programs)
     assert counts(programs) == (2, 2, 4)
     assert len(parts.late) == len(programs.stage.params) == 2
     assert_disjoint(programs, parts)
@@ -362,7 +362,7 @@ def test_side_effects_happen_once_and_pull_no_gradient_forward():
     observed.defvjp(forward, backward)
     seen: list[str] = []
     programs = middle(chain(lambda w, x, key: observed(w, x)))
-    parts = divide(programs)
+    parts = split_input_weight(programs)
     assert counts(programs) == (2, 2, 4)
     effects = [
         sum(map(jaxprs.has_effects, part.equations))
@@ -391,7 +391,7 @@ def test_a_callback_is_not_called_again_for_the_weights():
         return x @ (w * scale)
 
     programs = middle(chain(lambda w, x, key: jnp.tanh(product(w, x))))
-    parts = divide(programs)
+    parts = split_input_weight(programs)
     calls = [
         sum(map(jaxprs.has_effects, part.equations))
         for part in (parts.input_part, parts.weight_part)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdjax.split.min_cut import smallest_stash
-from pdjax.trace import inline, jaxprs
+from pdjax.trace import dataflow, inline, jaxprs
 
 _PER_VALUE_BYTES = 64
 
@@ -48,9 +48,9 @@ def test_no_choice_is_smaller(choices, data):
     residuals = data.draw(st.lists(st.sampled_from(everything), unique=True, max_size=3))
 
     def possible(saved):
-        missing = jaxprs.needed(equations, residuals, [*at_hand, *saved])
+        missing = dataflow.needed(equations, residuals, [*at_hand, *saved])
         kept = [equations[i] for i in missing]
-        reads = jaxprs.free_variables(kept, residuals)
+        reads = dataflow.free_variables(kept, residuals)
         return all(id(e) in again for e in kept) and set(reads) <= {*at_hand, *saved}
 
     def cost(saved):

@@ -180,7 +180,7 @@ def test_only_what_carries_a_gradient_gets_one_back():
         return jnp.mean((y @ p["w2"]) ** 2), {"mean": (x + y).mean()}
 
     stages = split(build_graph(loss_fn, weights(3), BATCH, KEY), (0, 1, 2))
-    carrying = [var in stages.carriers for var in stages.stages[0].sends]
+    carrying = [var in stages.active_values for var in stages.stages[0].sends]
     kinds = [str(jaxprs.aval(var).dtype) for var in stages.stages[0].sends]
     assert kinds.count("int32") == 1
     assert sum(carrying) == 1

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import io_callback
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pdjax.trace import inline, jaxprs
+from pdjax.trace import dataflow, inline, jaxprs
 
 
 def test_flattening_inlines_nested_jit_and_keeps_the_meaning():
@@ -49,8 +49,8 @@ def test_branches_become_selections():
 
     arguments = (jnp.array(True), jnp.ones(2), jnp.ones(3))
     program, _ = inline.trace(function, *arguments, branches_as_selects=True)
-    first = jaxprs.needed(program.equations, program.outvars[:1])
-    read = jaxprs.free_variables([program.equations[i] for i in first], program.outvars[:1])
+    first = dataflow.needed(program.equations, program.outvars[:1])
+    read = dataflow.free_variables([program.equations[i] for i in first], program.outvars[:1])
     assert program.invars[2] not in read, "the first result does not depend on y"
     run = jaxprs.as_function(program.invars, program.equations, program.outvars)
     for flag in (True, False):
@@ -62,9 +62,9 @@ def test_branches_become_selections():
 def test_needed_stops_at_what_is_given():
     program, _ = inline.trace(lambda x: jnp.exp(jnp.sin(jnp.cos(x))), 1.0)
     sine = program.equations[1].outvars[0]
-    assert jaxprs.needed(program.equations, program.outvars) == [0, 1, 2]
-    assert jaxprs.needed(program.equations, program.outvars, [sine]) == [2]
-    assert jaxprs.needed(program.equations, [sine], [sine]) == []
+    assert dataflow.needed(program.equations, program.outvars) == [0, 1, 2]
+    assert dataflow.needed(program.equations, program.outvars, [sine]) == [2]
+    assert dataflow.needed(program.equations, [sine], [sine]) == []
 
 
 def test_fingerprints_see_everything_but_names():
