@@ -5,7 +5,7 @@
 The hosts are network namespaces of this machine (see experiments/cluster). Their links are shaped
 so that data parallelism spends 80 % of its time communicating, then four and sixteen times as
 fast. The systems take turns. Prints Markdown, writes results.json, in which figures of other models
-stay, and draws headline.png.
+stay, and draws headline.png and bars.png.
 """
 
 import argparse
