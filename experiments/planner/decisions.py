@@ -202,7 +202,7 @@ def draw(found: dict[str, list[float]], path: Path) -> None:
     for number, (label, (values, color)) in enumerate(bars.items()):
         places = [at + (number - 1) * width for at in range(len(PAPER))]
         drawn = axes.bar(places, values, width, color=color, label=label)
-        axes.bar_label(drawn, fmt="%.1f", fontsize=8, padding=1)
+        axes.bar_label(drawn, fmt="%.2f", fontsize=8, padding=1)
     axes.axhline(1, color="grey", linewidth=0.8, linestyle="--")
     axes.text(len(PAPER) - 0.5, 1, " data\n parallelism", va="center", fontsize=8, color="grey")
     axes.set_xlim(-0.6, len(PAPER) - 0.5)
