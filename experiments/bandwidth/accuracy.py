@@ -3,8 +3,8 @@
     sudo python experiments/bandwidth/accuracy.py [--rounds 2]
 
 A small VGG-16 learns the handwritten digits to 97 % test accuracy on four hosts. First both
-systems search the same learning rates for the one that needs the fewest examples; what they compute
-does not depend on the links, so that is done in one process. Then both run with theirs on the
+systems search the same learning rates for the one that needs the fewest examples; their results
+do not depend on the links, so one process does that. Then both run with theirs on the
 cluster. Prints Markdown, writes the runs to accuracy.json and draws accuracy.png; --draw only draws
 the stored runs.
 """
@@ -73,7 +73,7 @@ def reached(lines):
 
 
 def search(plan, folder):
-    """For each system its learning rate; prints what each rate needed."""
+    """For each system its learning rate; prints the examples that each rate needed."""
     print("| | learning rate | examples to 97 % |\n|---|---:|---:|")
     best = {}
     for system in SYSTEMS:

@@ -40,7 +40,7 @@ NAMES = {"data parallel": "data parallelism", "model parallel": "model paralleli
 
 
 def measured_on(cluster, profiles, steps, path):
-    """A profile of the layers on one core, stretched to what a step takes where all hosts compute.
+    """A profile of the layers on one core, stretched to the time of a step while all hosts compute.
 
     Hosts share cores, caches and the way to memory.
 

@@ -32,7 +32,7 @@ all-reduce hid the computing, it would be 4 parts."""
 
 
 def points(results, system):
-    """Rates, and of each the smallest, median and largest figure and what was predicted."""
+    """Rates, and for each the smallest, median and largest figure and the prediction."""
     found = [one for one in results if system in one["measured"]]
     rates = [one["mbit_per_s"] for one in found]
     several = [[r["examples_per_s"] for r in one["measured"][system]] for one in found]

@@ -71,7 +71,7 @@ MODELS = {
 
 @dataclass
 class Timed:
-    """A plan, and what was found in each round.
+    """A plan, and its figures in each round.
 
     Attributes:
         model: name of the model.
@@ -135,7 +135,7 @@ def _bound(
 
 
 def prepare(name: str) -> tuple[Callable[[], Profile], list[Timed]]:
-    """A function that measures the model's profile anew, and the plans to be timed."""
+    """A function that measures the model's profile again, and the plans to be timed."""
     model = MODELS[name]
     graph, batch = trace(model)
 

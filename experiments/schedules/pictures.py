@@ -65,7 +65,7 @@ def draw_minibatch(name: str, path: Path) -> None:
 
 
 def draw_beginning(name: str, path: Path) -> None:
-    """What comes first of a run that goes on."""
+    """The first milliseconds of a run that goes on."""
     timeline = beginning(Case.of(name), STOP_MS)
     title = f"{name}, the first {STOP_MS} ms: bubble {timeline.bubble_share:.1%}"
     draw_alone(timeline, path, title)
@@ -212,7 +212,7 @@ def _name(figure: Figure, titles: Sequence[str], note: str) -> None:
     figure.legends[0].set_title(note)
 
 
-# -------- what to choose by
+# -------- the choice
 
 
 def draw_choice(path: Path) -> None:
