@@ -6,9 +6,8 @@
 
 A step is a minibatch: the examples that a host takes at a time, for each host under data
 parallelism, for each of 16 microbatches under GPipe; there are more steps if minibatches are
-smaller. The seconds are those
-between two losses far apart, in the steady state; where a step ends with updates, between two of
-these.
+smaller. The seconds are those between two losses far apart, in the steady state; where a step ends
+with updates, between two of these.
 """
 
 import json
