@@ -27,7 +27,9 @@ from pdjax import distributed
 from pdjax.cli import print_error, run_command
 from pdjax.errors import ClusterError
 from pdjax.topology.bandwidth import ALONE_BYTES_PER_S, measure_between_processes, measure_pairs
-from pdjax.topology.topology import Level, Topology, format_bytes
+from pdjax.topology.measure import local_topology
+from pdjax.topology.topology import Level, Topology
+from pdjax.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def measure(config: BandwidthConfig, console: Console) -> Topology:
     if pairs:
         console.print(_table(devices, pairs))
     inside = _rounded(statistics.median(pairs.values()) if pairs else ALONE_BYTES_PER_S)
-    topology = Topology.local(devices, bandwidth_bytes_per_s=inside)
+    topology = local_topology(devices, bandwidth_bytes_per_s=inside)
     peers = distributed.current()
     if peers is not None and peers.num_processes > 1:
         _check_equal_processes()

@@ -16,15 +16,33 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import IO, Annotated, Any
 
 import tyro
 
 from pdjax.cli import print_error
-from pdjax.train.config import LaunchConfig
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _POLL_S = 0.02
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Runs a command, given after --, in several processes of this machine.
+
+    Their output comes with the number of the process before each line. If one fails the others are
+    ended, and its exit code is returned.
+    """
+
+    num_processes: int
+    """How many processes."""
+
+    pin: bool = True
+    """Whether each process gets a core of its own, in turns if there are fewer cores."""
+
+    grace_s: float = 10.0
+    """Seconds that a process has to end before it is killed."""
 
 
 def main(arguments: list[str] | None = None) -> int:

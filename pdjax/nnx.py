@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pdjax.pipeline.arguments import taking_key
 from pdjax.trace.loss_fn import read_result
+from pdjax.trace.random_key import taking_key
 from pdjax.trees import is_key
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -15,7 +15,6 @@ import optax
 
 from pdjax import data
 from pdjax.models import MODELS, find_model
-from pdjax.train.config import TrainConfig
 from pdjax.trees import shapes_of
 
 _DEFAULT_DATA = {"text": "stdlib", "image": "digits"}
@@ -46,34 +45,46 @@ Initial = Literal["arrays", "functions", "shapes"]
 """In what form a task has its initial parameters: made, to be made by the stages, or not at all."""
 
 
-def make_task(config: TrainConfig, *, initial: Initial = "arrays") -> Task:
+def make_task(
+    model_name: str,
+    data_source: str | None = None,
+    *,
+    seed: int = 0,
+    sequence_length: int = 128,
+    model_fields: Sequence[str] = (),
+    initial: Initial = "arrays",
+) -> Task:
     """Loads the data, builds the model and initialises its parameters.
 
     Args:
-        config: what to train.
+        model_name: a name in `pdjax.models.MODELS`.
+        data_source: as `pdjax.data.load` takes it; the usual one for the kind of model if None.
+        seed: decides the initial parameters and the order of the data.
+        sequence_length: tokens in an example of text.
+        model_fields: sizes of the model, as ``"NAME=VALUE"``.
         initial: the form of parameters and mutable state; only as arrays they take memory.
 
     Raises:
         ValueError: for an unknown model or data source, one that does not go with the other, or
             fields that the model does not have.
     """
-    spec = find_model(config.model)
-    source = config.data or _DEFAULT_DATA[spec.takes]
+    spec = find_model(model_name)
+    source = data_source or _DEFAULT_DATA[spec.takes]
     dataset = data.load(
         source,
-        seed=config.seed,
-        sequence_length=config.sequence_length,
+        seed=seed,
+        sequence_length=sequence_length,
         image_size=spec.image_size,
     )
     if dataset.kind != spec.takes:
         raise ValueError(
-            f"model {config.model!r} takes {spec.takes}, but {source!r} is {dataset.kind}. Use "
+            f"model {model_name!r} takes {spec.takes}, but {source!r} is {dataset.kind}. Use "
             f"--data {_DEFAULT_DATA[spec.takes]}, or one of the models for {dataset.kind}: "
             f"{', '.join(name for name, s in MODELS.items() if s.takes == dataset.kind)}."
         )
-    model = spec.build(dataset.num_classes, **_read_fields(config.model_fields))
+    model = spec.build(dataset.num_classes, **_read_fields(model_fields))
     example = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], dataset.train[0])
-    params, model_state = _initial(model, _init_key(config.seed), example["x"], initial)
+    params, model_state = _initial(model, _init_key(seed), example["x"], initial)
     shapes = shapes_of(params)
     stateful = model_state is not None
     return Task(
@@ -131,7 +142,7 @@ def _loss(model: nn.Module, *, train: bool, stateful: bool) -> Callable[..., Any
     return stateful_loss_fn if stateful else loss_fn
 
 
-def _read_fields(fields: tuple[str, ...]) -> dict[str, Any]:
+def _read_fields(fields: Sequence[str]) -> dict[str, Any]:
     values = {}
     for field in fields:
         name, equals, text = field.partition("=")

@@ -52,3 +52,12 @@ def compilations():
     jax.monitoring.register_event_listener(listen)
     yield counted
     active[0] = False
+
+
+@pytest.fixture
+def cache_directory(tmp_path):
+    """A new folder for JAX's compilation cache, and so for measurements."""
+    before = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    yield tmp_path
+    jax.config.update("jax_compilation_cache_dir", before)

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from benchmark import NUM_HOSTS, measured_on, plans_for, slow_rate
 from cluster import Cluster
-from digits_worker import CONFIG, EXAMPLES_PER_WORKER, GOAL
+from digits_worker import EXAMPLES_PER_WORKER, GOAL, TASK
 from worker import alone
 
 import pdjax
@@ -39,7 +39,7 @@ MOST_EXAMPLES = 12_000
 
 def model():
     """The task, and the examples that a host takes at a time."""
-    task = make_task(CONFIG)
+    task = make_task(**TASK)
     return task, next(data.batches(task.dataset.train, EXAMPLES_PER_WORKER))
 
 

@@ -11,6 +11,7 @@ import itertools
 import json
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,17 +20,16 @@ import optax
 import pdjax
 from pdjax import data, distributed
 from pdjax.task import make_task
-from pdjax.train.config import TrainConfig
 
 NUM_WORKERS, EXAMPLES_PER_WORKER, GOAL = 4, 8, 0.97
 TEST_EVERY = 512
 """Examples between two tests, which are not timed."""
 
-CONFIG = TrainConfig(
-    model="vgg16",
-    data="digits",
-    model_fields=("width_multiplier=0.25", "dense_width=1024", "dropout=0.1"),
-)
+TASK: Any = {
+    "model_name": "vgg16",
+    "data_source": "digits",
+    "model_fields": ("width_multiplier=0.25", "dense_width=1024", "dropout=0.1"),
+}
 
 
 def make_pipeline(system, task, rate, plan):
@@ -84,7 +84,7 @@ def main(system, rate, plan, num_examples, path):
     peers = distributed.initialize() if distributed.is_needed() else None
     if peers is None:
         jax.config.update("jax_num_cpu_devices", NUM_WORKERS)
-    task = make_task(CONFIG)
+    task = make_task(**TASK)
     pipe, size = make_pipeline(system, task, float(rate), plan)
     lines = []
     train(pipe, size, task, int(num_examples), lines.append)

@@ -17,10 +17,10 @@ from typing import Any
 import jax
 from models import MODELS, Row
 
-from pdjax.pipeline.arguments import taking_key
 from pdjax.profile.measure import estimate
 from pdjax.profile.rates import find_rates
 from pdjax.trace.layers import LayerGraph, build_graph
+from pdjax.trace.random_key import taking_key
 
 PROFILES = Path(__file__).parent / "profiles"
 

@@ -26,7 +26,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pdjax.pipeline.arguments import taking_key
 from pdjax.plan import Plan, PlanOptions, manual_plan, plan_pipeline
 from pdjax.profile.measure import measure
 from pdjax.profile.profile import Profile
@@ -36,7 +35,7 @@ from pdjax.split.stages import split
 from pdjax.task import make_task
 from pdjax.topology.topology import Topology
 from pdjax.trace.layers import LayerGraph, build_graph
-from pdjax.train.config import TrainConfig
+from pdjax.trace.random_key import taking_key
 
 HERE = Path(__file__).parent
 _COLORS = {"transformer": "#17396b", "vgg16": "#ec9840"}
@@ -47,7 +46,8 @@ _MARKERS = {"planned": "o", "by hand": "s"}
 class Model:
     """What is timed: a model of pdjax, examples in a microbatch, and cuts made by hand."""
 
-    config: TrainConfig
+    name: str
+    fields: tuple[str, ...]
     batch_size: int
     planned: tuple[int, ...]
     by_hand: tuple[tuple[str, ...], ...]
@@ -55,13 +55,15 @@ class Model:
 
 MODELS = {
     "transformer": Model(
-        TrainConfig(model="transformer", model_fields=("width=256", "num_heads=4", "num_blocks=4")),
+        "transformer",
+        ("width=256", "num_heads=4", "num_blocks=4"),
         8,
         (2, 3, 4),
         (("block_1",), ("block_0/mlp_in", "head"), ("block_0", "block_1/mlp_out", "block_2")),
     ),
     "vgg16": Model(
-        TrainConfig(model="vgg16", model_fields=("width_multiplier=0.5", "dense_width=1024")),
+        "vgg16",
+        ("width_multiplier=0.5", "dense_width=1024"),
         8,
         (2, 3, 4),
         (("conv_1",), ("conv_2", "dense_0"), ("conv_1", "conv_9", "head")),
@@ -100,7 +102,7 @@ class Timed:
 
 def trace(model: Model) -> tuple[LayerGraph, Any]:
     """The model and a microbatch."""
-    task = make_task(model.config, initial="shapes")
+    task = make_task(model.name, model_fields=model.fields, initial="shapes")
     examples = [task.dataset.train[at] for at in range(model.batch_size)]
     batch = jax.tree.map(lambda *leaves: np.stack(leaves), *examples)
     loss_fn = taking_key(task.loss_fn, task.model_state is not None)

@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from pdjax.communication.ring import Replicas, RingReduce, ring_bytes
-from pdjax.runtime.state import StageState
 from pdjax.trace.jit import Values, placed, total
 
 _AXIS = "replica"
@@ -243,12 +242,13 @@ class MeanOfState:
         self._mean = find_reduce(replicas, [shapes[i] for i in self._indices], mean=True)
         self.lowerings = self._mean.lowerings
 
-    def __call__(self, states: Sequence[StageState]) -> None:
-        """Replaces the leaves of all replicas by their mean."""
-        parts = [
-            tuple(state.model[i] for i in self._indices) if state.model else None
-            for state in states
-        ]
-        for state, means in zip(states, self._mean(parts), strict=True):
+    def __call__(self, models: Sequence[dict[int, Any]]) -> None:
+        """Replaces the leaves of all replicas by their mean.
+
+        Args:
+            models: for each replica its leaves, by index; empty for one of another process.
+        """
+        parts = [tuple(model[i] for i in self._indices) if model else None for model in models]
+        for model, means in zip(models, self._mean(parts), strict=True):
             if means is not None:
-                state.model.update(zip(self._indices, means, strict=True))
+                model.update(zip(self._indices, means, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
@@ -13,11 +14,16 @@ from pdjax.errors import PdjaxWarning
 from pdjax.pipeline.arguments import for_each_stage
 from pdjax.pipeline.batch import BatchSpec
 from pdjax.pipeline.settings import Settings
-from pdjax.plan import Plan, PlanOptions, balanced_plan, manual_plan
-from pdjax.profile.cached import Machines, automatic_plan, find_profile
+from pdjax.plan import Plan, PlanOptions, balanced_plan, manual_plan, plan_pipeline
+from pdjax.plan.balance import check_enough_layers
+from pdjax.profile.cached import find_profile
+from pdjax.profile.profile import Profile
 from pdjax.schedules import ALGORITHMS, Schedule, find_algorithm
 from pdjax.split.differentiate import Remat
 from pdjax.split.state_placement import inseparable_by_state, inseparable_by_ties
+from pdjax.topology.bandwidth import ALONE_BYTES_PER_S
+from pdjax.topology.measure import local_topology
+from pdjax.topology.topology import Topology
 from pdjax.trace.layers import LayerGraph, model_fingerprint
 
 
@@ -129,3 +135,50 @@ def optimizer_ratio(optimizer: optax.GradientTransformation, params: Any) -> flo
     state = jax.eval_shape(optimizer.init, params)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     return size / held if held else 0.0
+
+
+@dataclass(frozen=True)
+class Machines:
+    """What an automatic plan is made for.
+
+    Attributes:
+        devices: the workers, in order.
+        topology: how they are joined; measured if None.
+        profile: the layers' figures; measured on the first device if None.
+    """
+
+    devices: tuple[Any, ...]
+    topology: Topology | None = None
+    profile: Profile | None = None
+
+
+def automatic_plan(
+    graph: LayerGraph, machines: Machines, options: PlanOptions, batch_size: int, batch: Any
+) -> Plan:
+    """The fastest plan for a model on the devices at hand.
+
+    Args:
+        graph: the model, traced for one microbatch.
+        machines: what the plan is for.
+        options: what the plan is to be like.
+        batch_size: examples in a microbatch.
+        batch: a microbatch, for the measurement; None to make one up.
+
+    Raises:
+        ValueError: if no plan is possible, or profile or topology do not go with model or devices.
+    """
+    check_enough_layers(graph.names, options.num_stages or 1)
+    topology, devices = machines.topology, machines.devices
+    if topology is not None and topology.num_workers > len(devices):
+        raise ValueError(
+            f"the topology {topology} has {topology.num_workers} workers, but there are "
+            f"{len(devices)} devices: {list(devices)}. Give a topology of these, or plan for "
+            "other machines with 'python -m pdjax.plan'."
+        )
+    alone = (options.num_stages == 1 and options.straight) or len(devices) == 1
+    if alone and topology is None:  # no link matters, but memory may
+        topology = local_topology(devices, bandwidth_bytes_per_s=ALONE_BYTES_PER_S)
+    if alone and topology is not None and not topology.memory_bytes:
+        return Plan(graph.names, (0,), (1.0,), model_fingerprint(graph))
+    profile = find_profile(machines.profile, graph, devices[0], batch_size, batch)
+    return plan_pipeline(profile, topology or local_topology(devices), options)

@@ -10,11 +10,12 @@ from pdjax.pipeline.batch import BatchSpec
 from pdjax.pipeline.choose_plan import make_plan, optimizer_ratio
 from pdjax.pipeline.settings import Settings
 from pdjax.plan import Plan
-from pdjax.profile.cached import find_profile, local_topology
+from pdjax.profile.cached import find_profile
 from pdjax.schedules import ALGORITHMS, find_algorithm
 from pdjax.simulate import Comparison, choose, compare
 from pdjax.split.optimizer import split_update
 from pdjax.split.stages import split
+from pdjax.topology.measure import local_topology
 from pdjax.trace.layers import LayerGraph
 
 _log = logging.getLogger("pdjax")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pdjax.distributed import Peers
-from pdjax.pipeline.arguments import AUTO, taking_key
+from pdjax.pipeline.arguments import AUTO
 from pdjax.pipeline.batch import BatchSpec
 from pdjax.pipeline.choose_plan import make_plan, remat_of
 from pdjax.pipeline.choose_schedule import choose_schedule
@@ -25,6 +25,7 @@ from pdjax.split.differentiate import Remat
 from pdjax.topology.measure import joint_topology
 from pdjax.topology.topology import Topology
 from pdjax.trace.layers import LayerGraph, build_graph
+from pdjax.trace.random_key import taking_key
 
 
 @dataclass(frozen=True)

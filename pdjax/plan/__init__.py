@@ -5,9 +5,9 @@
 
 from pdjax.plan.balance import balanced_plan as balanced_plan
 from pdjax.plan.balance import manual_plan as manual_plan
+from pdjax.plan.figures import Prediction as Prediction
+from pdjax.plan.figures import StageFigures as StageFigures
+from pdjax.plan.figures import Strategy as Strategy
 from pdjax.plan.plan import Plan as Plan
-from pdjax.plan.plan import Prediction as Prediction
-from pdjax.plan.plan import StageFigures as StageFigures
-from pdjax.plan.plan import Strategy as Strategy
 from pdjax.plan.planner import PlanOptions as PlanOptions
 from pdjax.plan.planner import plan_pipeline as plan_pipeline

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from rich.console import Console
 
 from pdjax.cli import run_command
-from pdjax.pipeline.arguments import taking_key
 from pdjax.plan import Plan, PlanOptions, plan_pipeline
 from pdjax.plan.figure import save_plan
 from pdjax.profile.files import load_profile
@@ -20,9 +20,80 @@ from pdjax.profile.rates import find_rates
 from pdjax.task import make_task
 from pdjax.topology.topology import Topology
 from pdjax.trace.layers import LayerGraph, build_graph
-from pdjax.train.config import PlanConfig, TrainConfig
+from pdjax.trace.random_key import taking_key
 
 _BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Finds the fastest pipeline for a model on some machines, and says what it predicts.
+
+    The model's figures come from a file (--profile), or from one of pdjax's models (--model), which
+    is measured here on one device, or estimated (--rates).
+    """
+
+    topology: str
+    """The machines, from the inside out: 4x4@10GB/s,1.25GB/s:16GiB are four hosts of four workers,
+    with 10 GB/s for each worker inside a host and 1.25 GB/s for each host, and 16 GiB for each
+    worker. Without :16GiB memory is not limited. 'python -m pdjax.bandwidth' measures it."""
+
+    profile: Path | None = None
+    """A profile: JSON, or a graph.txt of the original PipeDream."""
+
+    model: str | None = None
+    """transformer, mlp, vgg16 or vgg16_bn (with BatchNorm)."""
+
+    output: Path | None = None
+    """Where to write the plan, as JSON; 'python -m pdjax.train --plan' reads it."""
+
+    picture: Path | None = None
+    """Where to draw the plan, as PNG or SVG."""
+
+    save_profile: Path | None = None
+    """Where to write the profile that was measured or estimated, as JSON."""
+
+    schedule: str = "pipedream"
+    """Name of a schedule: decides what has to be kept in memory, and whether the pipeline fills and
+    drains with every minibatch. 'python -m pdjax.simulate' compares all of them for a plan."""
+
+    num_microbatches: int = 1
+    """Microbatches in a minibatch; the profile is for one microbatch."""
+
+    num_stages: int | None = None
+    """Exactly how many stages; by default as many as are best."""
+
+    straight: bool = False
+    """Whether to replicate nothing."""
+
+    remat: Literal["auto", "none", "full"] = "auto"
+    """auto: stages may recompute their forward passes where memory is short; none, full: none or
+    all of them do."""
+
+    optimizer_bytes_per_param_byte: float = 2.0
+    """Size of the optimizer state: 2 for Adam, 1 for momentum, 0 for plain SGD."""
+
+    overlap: bool = False
+    """Whether stages compute while their replicas are synchronised, as where updates are a round
+    late (update_lag=1)."""
+
+    sync: Literal["ring", "paper", "original"] = "ring"
+    """What an all-reduce over m replicas sends for each byte of weights: ring 2(m-1)/m, paper
+    2(m-1) (the formula of PipeDream's paper), original 4(m-1)/m (its code)."""
+
+    batch_size: int | None = None
+    """Examples in a microbatch: 32 by default with --model. A --profile for another size is
+    rescaled, with a warning."""
+
+    rates: str | None = None
+    """With --model: estimate instead of measuring, for a device by name (v100, a100, h100, …) or
+    rates such as 15TFLOP/s,900GB/s. Nothing is run then, so the model need not fit."""
+
+    sequence_length: int = 128
+    """With --model: tokens in an example of text."""
+
+    model_fields: tuple[str, ...] = ()
+    """With --model: its sizes, as NAME=VALUE, such as width=256 num_blocks=8."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -104,11 +175,9 @@ def _profile(config: PlanConfig) -> Profile:
 
 def _graph(config: PlanConfig, batch_size: int) -> LayerGraph:
     task = make_task(
-        TrainConfig(
-            model=config.model or "",
-            sequence_length=config.sequence_length,
-            model_fields=config.model_fields,
-        ),
+        config.model or "",
+        sequence_length=config.sequence_length,
+        model_fields=config.model_fields,
         initial="shapes",
     )
 

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pdjax.plan.cost_model import Costs, Part, PlacedStage
-from pdjax.plan.plan import Plan, Strategy
-from pdjax.plan.report import format_seconds
+from pdjax.plan.figures import Strategy
+from pdjax.plan.plan import Plan
 from pdjax.plan.search import fastest
 from pdjax.topology.topology import Topology
+from pdjax.units import format_seconds
 
 _GPIPE_MICROBATCHES = 4  # for each stage: the paper finds the bubble negligible from there on
 _NOTEWORTHY = 1.05  # times as fast: less is not worth a sentence

@@ -10,9 +10,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pdjax.plan import Plan
-from pdjax.plan.report import format_seconds
 from pdjax.profile.profile import Profile
 from pdjax.timeline.style import FILLS
+from pdjax.units import format_seconds
 
 _STAGES = ("#eef2f8", "#f8f1ea")  # behind even and odd stages
 _MOST_BARS = 150  # layers for which two bars each can be told apart

@@ -12,7 +12,8 @@ from pdjax.plan.alternatives import Case
 from pdjax.plan.cost_model import Costs, Part, PlacedStage
 from pdjax.plan.search import fits, least_excess
 from pdjax.profile.profile import Profile
-from pdjax.topology.topology import Level, Topology, format_bytes
+from pdjax.topology.topology import Level, Topology
+from pdjax.units import format_bytes
 
 
 def explain_shortage(case: Case, straight: bool, num_stages: int | None) -> str:

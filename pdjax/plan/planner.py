@@ -13,8 +13,9 @@ import numpy as np
 
 from pdjax.plan.alternatives import Case, advice, alternatives, strategy
 from pdjax.plan.cost_model import CostForm, Costs, MemoryForm, Part, PlacedStage, Sync
+from pdjax.plan.figures import Prediction, StageFigures
 from pdjax.plan.infeasible import explain_shortage
-from pdjax.plan.plan import Plan, Prediction, StageFigures
+from pdjax.plan.plan import Plan
 from pdjax.plan.search import fastest
 from pdjax.profile.profile import Profile
 from pdjax.schedules import Algorithm, find_algorithm

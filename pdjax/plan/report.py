@@ -6,56 +6,58 @@ Nothing here imports JAX.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from pdjax.topology.topology import format_bytes
-
-if TYPE_CHECKING:
-    from pdjax.plan.plan import Plan, Prediction, Strategy
+from pdjax.plan.figures import Prediction, StageFigures, Strategy
+from pdjax.units import format_bytes, format_rate, format_seconds, lay_out
 
 _LONGEST = 36  # characters of the name of a run of layers
 
 
-def describe(plan: Plan) -> str:
-    """The stages as a table; then, where it is known, what is predicted and the advice."""
-    if not plan.stages:
-        return _short(plan)
-    parts = [lay_out(_stage_rows(plan))]
-    if plan.prediction is not None:
-        parts += [lay_out(_strategy_rows(plan.prediction)), plan.prediction.advice]
+def describe(
+    layers: Sequence[Sequence[str]],
+    shares: Sequence[float],
+    stages: Sequence[StageFigures],
+    prediction: Prediction | None,
+) -> str:
+    """A plan's stages as a table; then, where they are known, the predictions and the advice.
+
+    Args:
+        layers: for each stage the names of its layers.
+        shares: for each stage its share of the work; empty if unknown.
+        stages: for each stage its predicted figures; empty if there are none.
+        prediction: the predictions for the whole plan.
+    """
+    if not stages:
+        return _short(layers, shares)
+    parts = [lay_out(_stage_rows(layers, shares, stages))]
+    if prediction is not None:
+        parts += [lay_out(_strategy_rows(prediction)), prediction.advice]
     return "\n\n".join(parts)
 
 
-def format_seconds(seconds: float) -> str:
-    """`seconds` for people: ``"12.3 ms"``."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}" if seconds < 1000 else f"{seconds:.0f} s"
-    return f"{seconds / 1e-9:.3g} ns" if seconds else "0 s"
-
-
-def _short(plan: Plan) -> str:
+def _short(layers: Sequence[Sequence[str]], shares: Sequence[float]) -> str:
     rows = []
-    for stage in range(plan.num_stages):
-        layers = plan.stage_layers(stage)
-        share = f"{plan.shares[stage]:6.1%} of the work" if plan.shares else ""
-        span = layers[0] if len(layers) == 1 else f"{layers[0]} … {layers[-1]}"
-        rows.append(f"stage {stage}: {len(layers):3d} layers {share}  {span}")
+    for stage, names in enumerate(layers):
+        share = f"{shares[stage]:6.1%} of the work" if shares else ""
+        span = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+        rows.append(f"stage {stage}: {len(names):3d} layers {share}  {span}")
     return "\n".join(rows)
 
 
-def _stage_rows(plan: Plan) -> list[list[str]]:
-    repeats = any(stage.remat == "full" for stage in plan.stages)
-    limited = any(stage.limit_bytes is not None for stage in plan.stages)
+def _stage_rows(
+    layers: Sequence[Sequence[str]], shares: Sequence[float], stages: Sequence[StageFigures]
+) -> list[list[str]]:
+    repeats = any(stage.remat == "full" for stage in stages)
+    limited = any(stage.limit_bytes is not None for stage in stages)
     head = ["stage", "layers", "workers", "time", "share", "in flight", "weights", "stash", "peak"]
     rows = [head + ["limit"] * limited + ["recomputes"] * repeats]
-    for number, stage in enumerate(plan.stages):
+    for number, stage in enumerate(stages):
         row = [
             str(number),
-            _span(plan.stage_layers(number)),
+            _span(layers[number]),
             _runs(stage.workers),
             format_seconds(stage.stage_s),
-            f"{plan.shares[number]:.1%}" if plan.shares else "",
+            f"{shares[number]:.1%}" if shares else "",
             str(stage.in_flight),
             format_bytes(stage.param_bytes),
             format_bytes(stage.stash_bytes),
@@ -109,26 +111,3 @@ def _strategy_row(strategy: Strategy, prediction: Prediction) -> list[str]:
         format_bytes(strategy.peak_bytes),
         "" if strategy.fits else "does not fit",
     ]
-
-
-def format_rate(count: int, seconds: float) -> str:
-    """`count` per second, for people: ``"1,204"``."""
-    rate = count / seconds if seconds else float("inf")
-    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
-
-
-def lay_out(rows: Sequence[Sequence[str]]) -> str:
-    """A table of rows, the first one its head: text to the left, figures to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if _is_text(at, rows) else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def _is_text(column: int, rows: Sequence[Sequence[str]]) -> bool:
-    return rows[0][column] in ("", "layers", "workers", "stage", "schedule")

@@ -312,7 +312,7 @@ class Executor:
             state.gradients[update] = sums
             state.reduced.add(update)
         if model is not None:
-            model(states)
+            model([state.model for state in states])
 
     def _apply_together(self, step: Step, microbatch: int) -> None:
         """Runs the phases of an update in which the stages exchange values."""

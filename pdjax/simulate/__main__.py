@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -19,10 +20,51 @@ from pdjax.timeline.perfetto import save_trace
 from pdjax.timeline.text import draw_timeline
 from pdjax.timeline.timeline import Timeline
 from pdjax.topology.topology import Topology
-from pdjax.train.config import SimulateConfig
 
 _WIDTH = 100  # characters of a drawing
 _FILES = ("comparison.txt", "timelines.png", "memory.png", "trace.json")
+
+
+@dataclass(frozen=True)
+class SimulateConfig:
+    """Simulates schedules for a plan, and compares what they take.
+
+    Nothing is run: the figures are those of the profile, or those that the plan predicts for its
+    stages. Give one --schedule to see its timeline, too.
+    """
+
+    plan: Path
+    """The plan, as 'python -m pdjax.plan --output' wrote it."""
+
+    profile: Path | None = None
+    """The profile of the plan's layers. With it, schedules that need other stages than the plan has
+    get stages that take about equally long; without it the model is taken to divide evenly."""
+
+    schedule: tuple[str, ...] = ()
+    """Which schedules: their names, or text files in the form that print(schedule) has. By default
+    all by name: model_parallel, gpipe, one_f_one_b, interleaved, zero_bubble_h1, zero_bubble_v,
+    pipedream, pipedream_vertical_sync, pipedream_2bw."""
+
+    num_microbatches: int | None = None
+    """Microbatches in a minibatch, of the size that the figures are for; by default as many as the
+    plan was made for, or, if that was one, four for each worker. A schedule that divides
+    minibatches otherwise (pipedream runs them whole) is taken to have microbatches that cost as
+    much more."""
+
+    topology: str | None = None
+    """The machines, such as 4x4@10GB/s,1.25GB/s:16GiB; by default those that the plan was made
+    for."""
+
+    num_minibatches: int | None = None
+    """Minibatches in the timelines; by default 1 of a schedule that is flushed, else enough to see
+    it fill, run and drain."""
+
+    optimizer_bytes_per_param_byte: float = 2.0
+    """Size of the optimizer state: 2 for Adam, 1 for momentum, 0 for plain SGD."""
+
+    out: Path | None = None
+    """Directory for comparison.txt, timelines.png, memory.png and trace.json (which ui.perfetto.dev
+    shows)."""
 
 
 def main(arguments: list[str] | None = None) -> int:

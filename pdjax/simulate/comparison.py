@@ -9,14 +9,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pdjax.plan.plan import Plan
-from pdjax.plan.report import format_rate, format_seconds, lay_out
 from pdjax.profile.profile import Profile
 from pdjax.schedules import ALGORITHMS, Schedule
 from pdjax.simulate.candidates import Candidate, Candidates
 from pdjax.simulate.memory import peak_bytes
 from pdjax.simulate.steady_state import staleness, steady_s
 from pdjax.simulate.task_graph import LaidOut
-from pdjax.topology.topology import Topology, format_bytes
+from pdjax.topology.topology import Topology
+from pdjax.units import format_bytes, format_rate, format_seconds, lay_out
 
 _CLOSE = 1.01  # times that differ by less are no reason to choose
 _MICROBATCHES = 4  # for each worker: GPipe's paper finds the bubble negligible from there on

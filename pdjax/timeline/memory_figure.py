@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from pdjax.timeline.axes import BOTTOM, TOP, add_legend, rows_figure, save_figure
 from pdjax.timeline.style import check_suffix
 from pdjax.timeline.timeline import Timeline
-from pdjax.topology.topology import format_bytes
+from pdjax.units import format_bytes
 
 _WIDTH_IN = 11.0
 _ROW_IN = 0.62

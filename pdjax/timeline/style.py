@@ -11,8 +11,8 @@ from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
-from pdjax.plan.report import format_seconds
 from pdjax.timeline.timeline import SpanKind, Timeline, TransferKind
+from pdjax.units import format_seconds
 
 NAMES: dict[SpanKind, str] = {
     "F": "forward",

@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from itertools import groupby
-from typing import Any
+
+from pdjax.units import BINARY
 
 _DECIMAL = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-_BINARY = {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
-_FACTORS = _DECIMAL | _BINARY
+_FACTORS = _DECIMAL | BINARY
 _QUANTITY = re.compile(r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*(k|M|G|T|Ki|Mi|Gi|Ti)?(B|b|bit)(/s)?")
 _FORM = "expected a form like '4x4@10GB/s,1.25GB/s:16GiB'"
 
@@ -91,39 +90,6 @@ class Topology:
         """Equal workers on equal links."""
         memory = () if memory_bytes is None else (memory_bytes,) * num_workers
         return cls((Level(num_workers, bandwidth_bytes_per_s),), memory)
-
-    @classmethod
-    def local(
-        cls,
-        devices: Sequence[Any] | None = None,
-        *,
-        bandwidth_bytes_per_s: float | None = None,
-    ) -> Topology:
-        """The devices of this process as workers, on equal links. This one function needs JAX.
-
-        Args:
-            devices: the workers, in order; all local devices if not given.
-            bandwidth_bytes_per_s: of their links; measured if not given, which takes about a
-                second (see `pdjax.topology.bandwidth.measure_bandwidth`).
-
-        Returns:
-            One level. It has the memory that the devices may use where all of them tell; else
-            (the devices of a CPU do not) memory is unlimited.
-
-        Raises:
-            ValueError: if there are no devices, or one is another process's.
-        """
-        import jax
-
-        from pdjax.topology.bandwidth import measure_bandwidth
-
-        devices = jax.local_devices() if devices is None else list(devices)
-        if bandwidth_bytes_per_s is None:
-            bandwidth_bytes_per_s = measure_bandwidth(devices)
-        stats = [device.memory_stats() or {} for device in devices]
-        known = all("bytes_limit" in found for found in stats)
-        memory = tuple(int(found["bytes_limit"]) for found in stats) if known else ()
-        return cls((Level(len(devices), bandwidth_bytes_per_s),), memory)
 
     @classmethod
     def parse(cls, text: str) -> Topology:
@@ -200,14 +166,6 @@ def _decimal(amount: float) -> str:
 
 
 def _binary(size: int) -> str:
-    exact = [unit for unit, factor in _BINARY.items() if size % factor == 0]
-    unit = max(exact, key=_BINARY.__getitem__, default="")
+    exact = [unit for unit, factor in BINARY.items() if size % factor == 0]
+    unit = max(exact, key=BINARY.__getitem__, default="")
     return f"{size // int(_FACTORS[unit])}{unit}B"
-
-
-def format_bytes(size: float) -> str:
-    """`size` for people: ``"11.3 GiB"``."""
-    unit = max(
-        (u for u, f in _BINARY.items() if abs(size) >= f), key=_BINARY.__getitem__, default=""
-    )
-    return f"{size / _FACTORS[unit]:.1f} {unit}B" if unit else f"{size:.0f} B"

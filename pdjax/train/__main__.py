@@ -74,7 +74,14 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     num_stages = _num_stages(config, plan, schedule, usual * chunks, straight)
     num_devices = _num_devices(config, plan, schedule, usual, chunks)
     make_devices(-(-num_devices // num_processes))
-    task = make_task(config, initial="functions" if together else "arrays")
+    task = make_task(
+        config.model,
+        config.data,
+        seed=config.seed,
+        sequence_length=config.sequence_length,
+        model_fields=config.model_fields,
+        initial="functions" if together else "arrays",
+    )
     if peers is not None:
         check_same_task(peers, config, task)
     optimizer = optax.adam(_learning_rate(config))

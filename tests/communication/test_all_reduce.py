@@ -215,7 +215,7 @@ def test_mutable_state_that_has_no_mean_is_left_as_it_is(compilations):
     before = [dict(state.model) for state in states]
     compilations.clear()
     mean = MeanOfState(here(places), shapes)
-    mean(states)
+    mean([state.model for state in states])
     assert [state.model for state in states] == before
     assert list(mean.lowerings()) == []
     assert compilations == []
@@ -228,7 +228,7 @@ def test_scalars_of_the_mutable_state_are_averaged_and_counters_kept():
         for at, place in enumerate(places)
     ]
     shapes = {at: jax.ShapeDtypeStruct(x.shape, x.dtype) for at, x in states[0].model.items()}
-    MeanOfState(here(places), shapes)(states)
+    MeanOfState(here(places), shapes)([state.model for state in states])
     for state in states:
         expected = {0: np.float32(2), 1: np.int32(3), 2: np.full(2, 0.5, np.float32)}
         chex.assert_trees_all_equal(jax.device_get(state.model), expected)

@@ -11,12 +11,13 @@ import pytest
 import zoo
 
 import pdjax
-from pdjax.pipeline.arguments import taking_key
+from pdjax import cache
 from pdjax.plan import PlanOptions, plan_pipeline
 from pdjax.profile import cached
 from pdjax.profile.measure import estimate
 from pdjax.profile.rates import Rates
 from pdjax.trace.layers import build_graph
+from pdjax.trace.random_key import taking_key
 
 CASE = zoo.dense_blocks()
 BATCH = CASE.make_batch(8, 0)
@@ -41,23 +42,15 @@ def measured(monkeypatch):
         return replace(profile, device=jax.devices()[0].device_kind, source="measured")
 
     monkeypatch.setattr(cached, "measure", measure)
-    monkeypatch.setattr(cached, "_measured", {})
+    cache.forget()
     return asked
-
-
-@pytest.fixture
-def cache(tmp_path):
-    before = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-    yield tmp_path
-    jax.config.update("jax_compilation_cache_dir", before)
 
 
 def make_pipe(case=CASE, **options):
     return pdjax.Pipeline(case.loss_fn, optax.sgd(0.1), **{"plan": "auto", **options})
 
 
-def test_by_default_the_planner_decides(measured, cache, monkeypatch):
+def test_by_default_the_planner_decides(measured, cache_directory, monkeypatch):
     monkeypatch.undo()  # the real default, and a real measurement
     pipe = pdjax.Pipeline(CASE.loss_fn, optax.adam(0.1), num_stages=2, num_microbatches=1)
     state = pipe.init(CASE.params, BATCH)
@@ -69,7 +62,7 @@ def test_by_default_the_planner_decides(measured, cache, monkeypatch):
     assert np.isfinite(float(metrics["loss"]))
 
 
-def test_it_trains_as_any_other_plan(measured, cache):
+def test_it_trains_as_any_other_plan(measured, cache_directory):
     results = []
     for plan in ("auto", "balanced"):
         pipe = make_pipe(plan=plan, num_stages=3, num_microbatches=2)
@@ -81,41 +74,41 @@ def test_it_trains_as_any_other_plan(measured, cache):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_a_model_is_profiled_once(measured, cache):
+def test_a_model_is_profiled_once(measured, cache_directory):
     first = make_pipe(num_stages=2, topology=LINKS)
     first.init(CASE.params, BATCH)
     again = make_pipe(num_stages=2, topology=LINKS)
     again.init(CASE.params, BATCH)
     assert len(measured) == 1
     assert again.plan == first.plan
-    cached._measured.clear()  # as in another process
+    cache.forget()  # as in another process
     make_pipe(num_stages=3, topology=LINKS).init(CASE.params, BATCH)
     assert len(measured) == 1
-    assert list(cache.glob("pdjax-profile-*.json"))
+    assert list(cache_directory.glob("pdjax-profile-*.json"))
     make_pipe(num_stages=2, num_microbatches=2).init(CASE.params, BATCH)
     assert len(measured) == 2
 
 
-def test_a_broken_file_is_measured_anew(measured, cache):
+def test_a_broken_file_is_measured_anew(measured, cache_directory):
     make_pipe(num_stages=2).init(CASE.params, BATCH)
-    for file in cache.glob("pdjax-*.json"):
+    for file in cache_directory.glob("pdjax-*.json"):
         file.write_text('{"half')
-    cached._measured.clear()
+    cache.forget()
     make_pipe(num_stages=2).init(CASE.params, BATCH)
     assert len(measured) == 2
 
 
 @pytest.mark.parametrize("text", ["null", "{}", "3", '{"format": 1, "layers": []}'])
-def test_a_file_that_holds_something_else_is_measured_anew(measured, cache, text):
+def test_a_file_that_holds_something_else_is_measured_anew(measured, cache_directory, text):
     make_pipe(num_stages=2).init(CASE.params, BATCH)
-    for file in cache.glob("pdjax-*.json"):
+    for file in cache_directory.glob("pdjax-*.json"):
         file.write_text(text)
-    cached._measured.clear()
+    cache.forget()
     make_pipe(num_stages=2).init(CASE.params, BATCH)
     assert len(measured) == 2
 
 
-def test_models_that_differ_only_in_a_tie_are_told_apart(measured, cache):
+def test_models_that_differ_only_in_a_tie_are_told_apart(measured, cache_directory):
     def loss_fn(params, batch):
         hidden = batch["x"] @ params["a"]["w"] @ params["b"]["w"]
         return (hidden @ params["c"]["w"]).var()
@@ -132,7 +125,7 @@ def test_models_that_differ_only_in_a_tie_are_told_apart(measured, cache):
     assert pipe.profile(half, batch).dtype == "float16"
 
 
-def test_one_stage_must_fit_too(measured, cache):
+def test_one_stage_must_fit_too(measured, cache_directory):
     for pipe in (
         make_pipe(topology="1@1GB/s:1kB", num_stages=1),
         make_pipe(topology="1@1GB/s:1kB", devices=jax.devices()[:1]),
@@ -151,13 +144,13 @@ def test_a_plan_must_fit_the_topology_that_is_given():
         make_pipe(plan=plan, schedule="gpipe").init(CASE.params, BATCH)
 
 
-def test_one_stage_needs_no_profile(measured, cache):
+def test_one_stage_needs_no_profile(measured, cache_directory):
     make_pipe(num_stages=1).init(CASE.params, BATCH)
     make_pipe(devices=jax.devices()[:1]).init(CASE.params, BATCH)
     assert measured == []
 
 
-def test_the_planner_may_leave_devices_idle(measured, cache):
+def test_the_planner_may_leave_devices_idle(measured, cache_directory):
     """Over links this slow nothing is gained by a second device."""
     pipe = make_pipe(topology="4@1kB/s")
     state = pipe.init(CASE.params, BATCH)
@@ -168,7 +161,7 @@ def test_the_planner_may_leave_devices_idle(measured, cache):
     assert pipe.plan.num_stages > 1
 
 
-def test_stages_go_to_their_workers(measured, cache):
+def test_stages_go_to_their_workers(measured, cache_directory):
     """The first worker is too small for anything."""
     pipe = make_pipe(schedule="pipedream", topology="4@1GB/s:1*1kB,3*1GB", num_stages=2)
     state = pipe.init(CASE.params, BATCH)
@@ -178,7 +171,7 @@ def test_stages_go_to_their_workers(measured, cache):
         assert {leaf.device for leaf in stage.weights} == {jax.devices()[worker]}
 
 
-def test_stages_recompute_where_memory_is_short(measured, cache):
+def test_stages_recompute_where_memory_is_short(measured, cache_directory):
     profile = make_profile()
     rows = tuple(replace(layer, stash_bytes=2**30) for layer in profile.layers)
     greedy = replace(profile, layers=rows, device="")
@@ -234,7 +227,7 @@ def test_arguments_that_make_no_sense(options, message):
         make_pipe(**options)
 
 
-def test_machines_and_profiles_that_do_not_go_with_the_model(measured, cache):
+def test_machines_and_profiles_that_do_not_go_with_the_model(measured, cache_directory):
     with pytest.raises(ValueError, match="has 8 workers, but there are 5 devices"):
         make_pipe(topology="8@1GB/s").init(CASE.params, BATCH)
     profile = make_profile()

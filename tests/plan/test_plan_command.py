@@ -10,10 +10,10 @@ from rich.console import Console
 
 from pdjax.models import MODELS
 from pdjax.plan import Plan
-from pdjax.plan.__main__ import main, plan_model
+from pdjax.plan.__main__ import PlanConfig, main, plan_model
 from pdjax.profile.files import load_profile
 from pdjax.train.__main__ import train
-from pdjax.train.config import PlanConfig, TrainConfig
+from pdjax.train.config import TrainConfig
 
 GRAPH = """\
 node1 -- Input -- forward_compute_time=0.0, backward_compute_time=0.0, activation_size=4000.0, \

@@ -11,9 +11,8 @@ from rich.console import Console
 from pdjax.plan import PlanOptions, plan_pipeline
 from pdjax.profile.profile import LayerProfile, Profile
 from pdjax.schedules import ALGORITHMS, one_f_one_b
-from pdjax.simulate.__main__ import main, simulate_plan
+from pdjax.simulate.__main__ import SimulateConfig, main, simulate_plan
 from pdjax.topology.topology import Topology
-from pdjax.train.config import SimulateConfig
 
 
 @pytest.fixture

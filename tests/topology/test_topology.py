@@ -14,9 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdjax import bandwidth
+from pdjax import bandwidth, cache
 from pdjax.topology import bandwidth as links
-from pdjax.topology.topology import Level, Topology, format_bytes
+from pdjax.topology import measure
+from pdjax.topology.measure import local_topology
+from pdjax.topology.topology import Level, Topology
+from pdjax.units import format_bytes
 
 GIB = 2**30
 
@@ -76,12 +79,13 @@ def test_sizes_for_people():
     assert format_bytes(512) == "512 B"
 
 
-def test_the_local_devices_are_the_workers(monkeypatch):
-    monkeypatch.setattr(links, "measure_bandwidth", lambda devices: 1e9 * len(devices))
-    assert Topology.local(jax.devices()[:4]) == Topology.uniform(4, 4e9)
-    assert Topology.local() == Topology.local(jax.devices())
-    assert Topology.local(jax.devices()[:2]) == Topology.uniform(2, 2e9)
-    assert Topology.local(jax.devices()[:2], bandwidth_bytes_per_s=5.0).levels[0] == Level(2, 5.0)
+def test_the_local_devices_are_the_workers(monkeypatch, cache_directory):
+    cache.forget()
+    monkeypatch.setattr(measure, "measure_bandwidth", lambda devices: 1e9 * len(devices))
+    assert local_topology(jax.devices()[:4]) == Topology.uniform(4, 4e9)
+    assert local_topology() == local_topology(jax.devices())
+    assert local_topology(jax.devices()[:2]) == Topology.uniform(2, 2e9)
+    assert local_topology(jax.devices()[:2], bandwidth_bytes_per_s=5.0).levels[0] == Level(2, 5.0)
 
 
 def gpu(memory_bytes):
@@ -90,9 +94,9 @@ def gpu(memory_bytes):
 
 
 def test_memory_is_what_the_devices_say():
-    local = Topology.local([gpu(16 * GIB), gpu(8 * GIB)], bandwidth_bytes_per_s=1e9)
+    local = local_topology([gpu(16 * GIB), gpu(8 * GIB)], bandwidth_bytes_per_s=1e9)
     assert local.memory_bytes == (16 * GIB, 8 * GIB)
-    unknown = Topology.local([gpu(16 * GIB), gpu(None)], bandwidth_bytes_per_s=1e9)
+    unknown = local_topology([gpu(16 * GIB), gpu(None)], bandwidth_bytes_per_s=1e9)
     assert unknown.memory_bytes == ()
 
 
@@ -161,7 +165,7 @@ def test_bandwidth_of_too_few_devices():
     with pytest.raises(ValueError, match="no devices"):
         links.measure_bandwidth([])
     with pytest.raises(ValueError, match="no devices"):
-        Topology.local([])
+        local_topology([])
     with pytest.raises(ValueError, match="there is one process"):
         links.measure_between_processes(cast(Any, SimpleNamespace(num_processes=1)))
     with pytest.raises(ValueError, match="belongs to process 7, this is process 0"):

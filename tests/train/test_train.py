@@ -227,11 +227,11 @@ def test_processes_that_read_other_data_are_told(tmp_path, text_file):
     """One letter of as long a text, which no shape shows."""
     other_file = tmp_path / "dog.txt"
     other_file.write_text(TEXT[:1000] + "X" + TEXT[1001:])
-    configs = [
-        TrainConfig(model_fields=SMALL["transformer"], sequence_length=16, data=str(path))
-        for path in (text_file, other_file)
-    ]
-    task, other = (make_task(config, initial="shapes") for config in configs)
+    sizes: Any = {"sequence_length": 16, "model_fields": SMALL["transformer"]}
+    configs = [TrainConfig(data=str(path), **sizes) for path in (text_file, other_file)]
+    task, other = (
+        make_task("transformer", config.data, initial="shapes", **sizes) for config in configs
+    )
     assert task.dataset.description == other.dataset.description
     same = {"the data": f"digest {task.dataset.digest()}"}
     check_same_task(other_peers(same), configs[0], task)
