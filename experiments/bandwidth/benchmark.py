@@ -5,7 +5,7 @@
 The hosts are network namespaces of this machine (see experiments/cluster). Their links are shaped
 so that data parallelism spends 80 % of its time communicating, then four and sixteen times as
 fast. The systems take turns. Prints Markdown, writes results.json, in which figures of other models
-stay, and draws headline.png.
+stay, and draws headline.png and bars.png.
 """
 
 import argparse
@@ -40,7 +40,7 @@ NAMES = {"data parallel": "data parallelism", "model parallel": "model paralleli
 
 
 def measured_on(cluster, profiles, steps, path):
-    """A profile of the layers on one core, stretched to what a step takes where all hosts compute.
+    """A profile of the layers on one core, stretched to the time of a step while all hosts compute.
 
     Hosts share cores, caches and the way to memory.
 

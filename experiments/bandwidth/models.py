@@ -21,7 +21,7 @@ BATCH_SIZE = {"vgg16": 8, "lstm": 16, "lstm_4": 16, "resnet20": 32}
 class ResNet20(nn.Module):
     """The network of He et al. (2016), section 4.2, for small images: 0.27 million weights.
 
-    With GroupNorm, since what hosts share of BatchNorm would be another matter.
+    With GroupNorm, since BatchNorm would have statistics that hosts share.
     """
 
     @nn.compact
@@ -35,7 +35,7 @@ class ResNet20(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions, and around them what came in."""
+    """Two convolutions with a skip connection around them."""
 
     width: int
     stride: int

@@ -1,13 +1,13 @@
-"""What runs on each host: builds a system, takes steps, and counts what its interface sends.
+"""The process of each host: builds a system, takes steps, and counts the bytes of its interface.
 
     python worker.py profile MODEL FILE          measures the layers, on one host
     python worker.py alone MODEL                 takes steps of the whole model on each host
     python worker.py SYSTEM MODEL PLAN STEPS     trains; the first process prints a line of JSON
 
-A step is a minibatch: what a host takes at a time, for each host under data parallelism, for each
-of 16 microbatches under GPipe; of smaller ones as many more are taken. The seconds are those
-between two losses far apart, in the steady state; where a step ends with updates, between two of
-these.
+A step is a minibatch: the examples that a host takes at a time, for each host under data
+parallelism, for each of 16 microbatches under GPipe; there are more steps if minibatches are
+smaller. The seconds are those between two losses far apart, in the steady state; where a step ends
+with updates, between two of these.
 """
 
 import json
@@ -96,7 +96,7 @@ def train(system, model, plan, steps):
         steps *= peers.num_processes
     state, step_s, sent = measure(pipe, state, batch, steps)
     pipe.drain(state)
-    said = peers.exchange("what was measured", [step_s, sent])
+    said = peers.exchange("the measurement", [step_s, sent])
     if peers.process_id == 0:
         size = len(batch["y"])
         figures = {

@@ -1,8 +1,8 @@
-"""A cluster on one machine: hosts that are network namespaces, joined by links as slow as wished.
+"""A cluster on one machine: hosts that are network namespaces, joined by links of any rate.
 
     python experiments/cluster/cluster.py --num-hosts 4 --rate 1gbit -- python train.py
 
-runs the command once on each host, prints what each wrote, and last how many bytes went through the
+runs the command once on each host, prints their output, and last how many bytes went through the
 interface of each. Needs Linux, root and iproute2. For experiments that do more:
 
     with Cluster(num_hosts=4, rate="1gbit") as cluster:
@@ -47,7 +47,7 @@ _HINTS = {
 
 
 class UnavailableError(RuntimeError):
-    """This machine cannot make a cluster; says what is missing."""
+    """This machine cannot make a cluster; the text names the missing program or right."""
 
 
 class Cluster:
@@ -167,7 +167,7 @@ class Cluster:
         return [parse(_execute(self._layout.counting(host))) for host in hosts]
 
     def cut(self, host: int) -> None:
-        """Pulls the cable of a host out of the switch: what is sent to it or by it is lost."""
+        """Pulls the cable of a host out of the switch: packets to it and from it are lost."""
         _execute(self._layout.switching(host, up=False))
 
     def mend(self, host: int) -> None:
@@ -206,7 +206,7 @@ def check_machine() -> None:
     """Whether this machine can make a cluster, as far as can be seen without trying.
 
     Raises:
-        UnavailableError: if it cannot; says what is missing and how to get it.
+        UnavailableError: if it cannot; the text names the missing part and its package.
     """
     if sys.platform != "linux":
         raise UnavailableError(
@@ -227,7 +227,7 @@ def check_machine() -> None:
 
 
 def _execute(command: Command) -> str:
-    """Runs a command that must succeed; returns what it printed."""
+    """Runs a command that must succeed; returns its output."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return done.stdout

@@ -21,7 +21,7 @@ class Counters:
     """What an interface sent and received, headers of packets included.
 
     Attributes:
-        sent_bytes: bytes sent; what the link's queue dropped is not counted.
+        sent_bytes: bytes sent; packets that the link's queue dropped are not counted.
         received_bytes: bytes received.
         sent_packets: pieces sent. The kernel hands over up to 64 KiB in one piece, and counts the
             headers of a piece once.
@@ -66,7 +66,7 @@ def own_counters(folder: Path | None = None) -> Counters:
 
 
 def parse(shown: str) -> Counters:
-    """Reads what `ip -json -statistics link show` prints of one interface."""
+    """Reads the output of `ip -json -statistics link show` for one interface."""
     statistics = json.loads(shown)[0]["stats64"]
     sent, received = statistics["tx"], statistics["rx"]
     return Counters(sent["bytes"], received["bytes"], sent["packets"], received["packets"])

@@ -2,8 +2,8 @@
 
     sudo python experiments/cluster/faults.py [--num-hosts 3]
 
-Prints a table: how long it took until all others had ended, their exit codes, and what the first of
-them said.
+Prints a table: how long it took until all others had ended, their exit codes, and the message of
+the first of them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def wait_for_training(metrics: Path, said: io.StringIO) -> None:
 
 
 def strike(cluster: Cluster, processes: Processes, fault: str, host: int) -> None:
-    """Does to a host what is to be done."""
+    """Does the fault to a host."""
     if fault == "cut":
         cluster.cut(host)
     else:

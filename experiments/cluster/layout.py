@@ -143,11 +143,11 @@ class Layout:
         return commands
 
     def _silencing(self, namespace: str) -> Command:
-        """Interfaces made from now on do not announce themselves: what is counted, someone sent."""
+        """Interfaces made from now on do not announce themselves, which would be counted."""
         return ["ip", "netns", "exec", namespace, "sh", "-c", _SILENCE]
 
     def shaping(self, host: int, rate: str | None, shaped: bool) -> list[Command]:
-        """Shapes both ends of a host's cable: what it sends, and what is sent to it.
+        """Shapes both ends of a host's cable: bytes from it, and bytes to it.
 
         Args:
             host: which.

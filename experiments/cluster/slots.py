@@ -1,6 +1,6 @@
 """Every cluster of this machine holds a slot, by a lock; the kernel lets it go when its owner dies.
 
-What lies about under a slot that nobody holds was left behind by a run that was killed.
+Namespaces of a slot without a holder were left behind by a run that was killed.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _held(path: Path) -> Iterator[bool]:
 
 
 def remove(slot: int) -> None:
-    """Removes all that there is of the cluster in a slot, and kills what runs on its hosts."""
+    """Removes the cluster in a slot, and kills the processes on its hosts."""
     for namespace in _namespaces(slot):
         kill(namespace)
         subprocess.run(["ip", "netns", "delete", namespace], check=True)
@@ -67,7 +67,7 @@ def _namespaces(slot: int) -> list[str]:
 
 
 def kill(namespace: str) -> None:
-    """Kills what runs in a namespace, and waits until it is gone."""
+    """Kills the processes in a namespace, and waits until they are gone."""
     deadline = time.monotonic() + _DEATH_S
     while pids := _pids(namespace):
         for pid in pids:

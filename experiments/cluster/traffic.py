@@ -129,7 +129,7 @@ def seconds_and_bytes(function: Callable[[], jax.Array]) -> tuple[float, int]:
     before, start = own_counters(), time.perf_counter()
     function().block_until_ready()
     seconds = time.perf_counter() - start
-    time.sleep(0.05)  # what others still send does not meet the next
+    time.sleep(0.05)  # late packets of this test do not meet the next
     return seconds, (own_counters() - before).sent_bytes
 
 

@@ -1,4 +1,4 @@
-"""Two stages in two pinned processes, against what two cores can do at all.
+"""Two stages in two pinned processes, against the most that two cores can do.
 
     python experiments/cores/benchmark.py [--model mlp] [--rounds 7] [--torch PYTHON]
 

@@ -51,7 +51,7 @@ def both_on_one():
 
 
 class Canned:
-    """A transport in which what the other stage sends is there at once: numbers of its shapes.
+    """A transport that delivers the arrays of the other stage at once: numbers of its shapes.
 
     The executor then does all that one stage does in the pipeline, and nothing else.
     """
@@ -79,7 +79,7 @@ class Canned:
 
 
 class Stage(Pipe):
-    """What one stage does in the pipeline, with nobody to wait for."""
+    """The programs of one stage of the pipeline, without waiting for the other."""
 
     def __init__(self, model, schedule, stage):
         prepared.make_transport = lambda placements, peers: Canned(placements, stage)

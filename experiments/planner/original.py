@@ -2,13 +2,13 @@
 
     python experiments/planner/original.py FOLDER_OF_GRAPHS ANSWERS_JSON
 
-FOLDER_OF_GRAPHS has the original's profiles (vgg16.txt, gnmt.txt, resnet50.txt), ANSWERS_JSON what
-its planner answered: a list of records with the fields model, setting, all_num_machines,
+FOLDER_OF_GRAPHS has the original's profiles (vgg16.txt, gnmt.txt, resnet50.txt), ANSWERS_JSON the
+answers of its planner: a list of records with the fields model, setting, all_num_machines,
 bandwidths, pipeline_time_s and levels_outer_first. Prints a table in Markdown.
 
 The settings: a is 4 workers on 1 GB/s, c 8 workers on 125 MB/s, b 4 hosts of 4 workers on 10 GB/s
 inside and 1.25 GB/s between. A 1, an s or an m behind it: activation traffic is charged, too; s:
-nothing is replicated; m: memory was limited, to what is not recorded.
+nothing is replicated; m: memory was limited, to an amount that is not recorded.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Row:
 
     Attributes:
         name: model and setting.
-        reported_s: what the original says of its plan.
+        reported_s: the time that the original reports for its plan.
         own_form_s: its plan by its own arithmetic (`in_its_form_s`).
         its_s: its plan by `Costs.plan_s`; None if it is no division of the model.
         ours_s: our plan on our line of the nodes, by the same function.
@@ -97,10 +97,10 @@ def best_parts(costs: Costs, setting: str) -> tuple[Part, ...]:
 
 
 def in_its_form_s(costs: Costs, parts: tuple[Part, ...], level: int | None = None) -> float:
-    """What the original's arithmetic gives.
+    """The time of a plan by the original's arithmetic.
 
-    It differs from `Costs.plan_s` in two divisions: what a cut sends is divided by the replicas of
-    the part that receives it, and an all-reduce between hosts by the workers of a host.
+    It differs from `Costs.plan_s` in two divisions: the bytes of a cut are divided by the replicas
+    of the part that receives them, and an all-reduce between hosts by the workers of a host.
     """
     level = len(costs.topology.levels) - 1 if level is None else level
     inside = 1
@@ -143,7 +143,7 @@ def show(rows: list[Row]) -> None:
     known = [row for row in rows if row.its_s is not None]
     same = sum(abs((row.own_form_s or 0) / row.reported_s - 1) < 1e-6 for row in known)
     print(f"\n{len(known)} of {len(rows)} answers are divisions of the model into nested stages;")
-    print(f"its own arithmetic gives what it reported for {same} of them.")
+    print(f"its own arithmetic gives the reported time for {same} of them.")
     for title, field in (("our line", "ours_s"), ("its line", "same_line_s")):
         pairs = [(getattr(row, field), row.its_s or 0.0) for row in known]
         faster = sum(mine * _SLACK < its for mine, its in pairs)
@@ -155,7 +155,7 @@ def show(rows: list[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("graphs", type=Path, help="folder with the original's profiles")
-    parser.add_argument("answers", type=Path, help="JSON file of what its planner answered")
+    parser.add_argument("answers", type=Path, help="JSON file with the answers of its planner")
     args = parser.parse_args()
     answers = json.loads(args.answers.read_text())
     names = {answer["model"] for answer in answers}

@@ -1,8 +1,8 @@
 """The answers of the original planner as parts of one line of layers.
 
 The original does not cut a line of nodes but the whole graph: its *states* are sets of nodes that
-are closed under what comes before them (down-sets), in an order of its own, and a stage is
-what one such set has more than another. An answer names a stage by two numbers of states, which
+are closed under their predecessors (down-sets), in an order of its own, and a stage is
+the difference of two such sets. An answer names a stage by two numbers of states, which
 mean nothing outside that program, and by its compute time, which does:
 
     answer   states 0–15, 508.686 ms    states 15–40, 163.849 ms
@@ -39,7 +39,7 @@ class Graph:
 
     Attributes:
         profile: the nodes as layers, in our order; the stash of each is its activation.
-        sources: for each node those that it reads.
+        sources: for each node the nodes that it reads.
         down_sets: all sets of nodes with everything that is before them.
     """
 
@@ -96,8 +96,8 @@ def _is_input(name: str) -> bool:
 def _down_sets(names: Sequence[str], sources: Sequence[Nodes]) -> list[Nodes]:
     """All down-sets, except that nodes without any weight are not counted by themselves.
 
-    As in the original, inputs are in all of them, and dead ends (parts of a tuple that nobody
-    reads) come right after what they read.
+    As in the original, inputs are in all of them, and dead ends (unread parts of a tuple)
+    come right after their sources.
     """
     read = frozenset().union(*sources)
     start = {at for at, name in enumerate(names) if _is_input(name)}

@@ -4,13 +4,14 @@
 
 Each stage's forward and backward pass, derived and compiled as a pipeline derives and compiles
 them, is timed against the sum of its layers in the profile. In every round the profile is measured
-anew, then the stages of all plans, so that both meet the same machine. Prints a table in Markdown
-and draws predicted.png.
+again, then the stages of all plans, so that both meet the same machine. Prints a table in Markdown,
+writes its figures to predicted.json and draws predicted.png; --draw only draws.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -35,7 +37,9 @@ from pdjax.topology.topology import Topology
 from pdjax.trace.layers import LayerGraph, build_graph
 from pdjax.trace.random_key import taking_key
 
-_COLORS = {"transformer": "#3b6fb6", "vgg16": "#c4622d"}
+HERE = Path(__file__).parent
+_COLORS = {"transformer": "#17396b", "vgg16": "#ec9840"}
+_MARKERS = {"planned": "o", "by hand": "s"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ MODELS = {
 
 @dataclass
 class Timed:
-    """A plan, and what was found in each round.
+    """A plan, and its figures in each round.
 
     Attributes:
         model: name of the model.
@@ -133,7 +137,7 @@ def _bound(
 
 
 def prepare(name: str) -> tuple[Callable[[], Profile], list[Timed]]:
-    """A function that measures the model's profile anew, and the plans to be timed."""
+    """A function that measures the model's profile again, and the plans to be timed."""
     model = MODELS[name]
     graph, batch = trace(model)
 
@@ -171,21 +175,42 @@ def percent(values: np.ndarray) -> str:
     return f"{middle:+.0f} % ({low:+.0f} to {high:+.0f})"
 
 
-def show(plans: list[Timed]) -> None:
-    print(
-        "| model | plan | stages begin at | stage | predicted, ms | measured, ms | error |\n"
-        "|---|---|---|---:|---:|---:|---|"
-    )
+def rows_of(plans: list[Timed]) -> list[dict[str, Any]]:
+    """The table: a row for each stage, and one for the slowest stage of each plan."""
+    rows = []
     for timed in plans:
-        starts = ", ".join(timed.plan.layers[at] for at in timed.plan.first_layers[1:])
+        starts = [timed.plan.layers[at] for at in timed.plan.first_layers[1:]]
+        plan = {"model": timed.model, "kind": timed.kind, "starts": starts}
         predicted, measured = (
             np.median(seconds, axis=0) * 1e3 for seconds in (timed.predicted_s, timed.measured_s)
         )
         for stage, errors in enumerate(timed.errors().T):
-            what = f"{timed.model} | {timed.kind} | {starts}" if stage == 0 else " | |"
-            figures = f"{predicted[stage]:.1f} | {measured[stage]:.1f} | {percent(errors)}"
-            print(f"| {what} | {stage} | {figures} |")
-        print(f"|  | | | slowest | | | {percent(timed.slowest_errors())} |")
+            times = {"predicted_ms": predicted[stage], "measured_ms": measured[stage]}
+            rows.append({**plan, "stage": stage, **times, "error_percent": quartiles(errors)})
+        times = {"predicted_ms": None, "measured_ms": None}
+        errors = quartiles(timed.slowest_errors())
+        rows.append({**plan, "stage": "slowest", **times, "error_percent": errors})
+    return rows
+
+
+def quartiles(errors: np.ndarray) -> list[float]:
+    """The quartiles in percent: lower, median, upper."""
+    return [float(value) for value in np.percentile(errors, (25, 50, 75)) * 100]
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    print(
+        "| model | plan | stages begin at | stage | predicted, ms | measured, ms | error |\n"
+        "|---|---|---|---:|---:|---:|---|"
+    )
+    for row in rows:
+        starts = ", ".join(row["starts"])
+        what = f"{row['model']} | {row['kind']} | {starts}" if row["stage"] == 0 else " | |"
+        times = (row["predicted_ms"], row["measured_ms"])
+        figures = " | ".join("" if time is None else f"{time:.1f}" for time in times)
+        low, middle, high = row["error_percent"]
+        error = f"{middle:+.0f} % ({low:+.0f} to {high:+.0f})"
+        print(f"| {what} | {row['stage']} | {figures} | {error} |")
 
 
 def summarise(plans: list[Timed]) -> None:
@@ -198,49 +223,64 @@ def summarise(plans: list[Timed]) -> None:
         print(f"| {name} | {percent(stages)} | {percent(slowest)} | {percent(abs(slowest))} |")
 
 
-def draw(plans: list[Timed], path: Path) -> None:
-    figure = Figure(figsize=(6, 5.5), layout="constrained")
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """The error of each stage against its time, a panel for each model."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    labels = set()
-    for timed in plans:
-        x, y = (np.array(seconds) * 1e3 for seconds in (timed.predicted_s, timed.measured_s))
-        (x_low, x_mid, x_high), (y_low, y_mid, y_high) = (
-            np.percentile(values, (25, 50, 75), axis=0) for values in (x, y)
-        )
-        axes.errorbar(
-            x_mid,
-            y_mid,
-            xerr=(x_mid - x_low, x_high - x_mid),
-            yerr=(y_mid - y_low, y_high - y_mid),
-            fmt="o" if timed.kind == "planned" else "s",
-            markersize=4,
-            elinewidth=0.8,
-            color=_COLORS[timed.model],
-            label=None if (key := f"{timed.model}, {timed.kind}") in labels else key,
-        )
-        labels.add(key)
-    axes.set(xscale="log", yscale="log")
-    axes.axline((1, 1), (10, 10), color="black", linewidth=0.8)
-    axes.set(xlabel="predicted, milliseconds", ylabel="measured, milliseconds")
-    axes.legend(frameon=False)
+    panels = figure.subplots(1, len(_COLORS), sharey=True)
+    for axes, model in zip(panels, _COLORS, strict=True):
+        axes.axhspan(-10, 10, color="#f0f0f0", zorder=0)
+        axes.axhline(0, color="black", linewidth=0.8)
+        for kind in _MARKERS:
+            chosen = [row for row in rows if (row["model"], row["kind"]) == (model, kind)]
+            _draw_errors(axes, [row for row in chosen if row["measured_ms"] is not None])
+        axes.set(title=model, xscale="log", xlabel="measured, milliseconds (logarithmic)")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, title="stages, with quartiles; grey: ±10 %")
+    panels[0].set_ylabel("predicted over measured, less 1, %")
     figure.savefig(path, dpi=110)
+
+
+def _draw_errors(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    low, middle, high = np.array([row["error_percent"] for row in rows]).T
+    model, kind = rows[0]["model"], rows[0]["kind"]
+    axes.errorbar(
+        [row["measured_ms"] for row in rows],
+        middle,
+        (middle - low, high - middle),
+        fmt=_MARKERS[kind],
+        color=_COLORS[model],
+        markerfacecolor=_COLORS[model] if kind == "planned" else "white",
+        markersize=6,
+        elinewidth=0.9,
+        label=kind,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--picture", type=Path, default=Path(__file__).with_name("predicted.png"))
+    parser.add_argument("--draw", action="store_true", help="draw the stored figures only")
     args = parser.parse_args()
+    if not args.draw:
+        rows = measure_rounds(args.rounds)
+        stored = {"rounds": args.rounds, "rows": rows}
+        (HERE / "predicted.json").write_text(json.dumps(stored, indent=1) + "\n")
+    draw(json.loads((HERE / "predicted.json").read_text())["rows"], HERE / "predicted.png")
+
+
+def measure_rounds(count: int) -> list[dict[str, Any]]:
+    """Measures all plans in turns and prints the tables; returns the rows of the first one."""
     prepared = [prepare(name) for name in MODELS]
-    for number in range(args.rounds):
+    for number in range(count):
         for profile, plans in prepared:
             run_round(profile, plans)
-        print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
+        print(f"round {number + 1} of {count}", file=sys.stderr)
     plans = [timed for _, several in prepared for timed in several]
-    show(plans)
+    rows = rows_of(plans)
+    show(rows)
     summarise(plans)
-    draw(plans, args.picture)
+    return rows
 
 
 if __name__ == "__main__":

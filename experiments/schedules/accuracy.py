@@ -1,4 +1,4 @@
-"""How well the simulator predicts what schedules take.
+"""How well the simulator predicts the time of schedules.
 
     python experiments/schedules/accuracy.py
 
@@ -56,7 +56,7 @@ POINTS = [
 
 @dataclass
 class Point:
-    """One pipeline: what was simulated, and the seconds of every measured step."""
+    """One pipeline: its simulation, and the seconds of every measured step."""
 
     schedule: str
     workers: int
@@ -120,7 +120,7 @@ def make_point(schedule: str, workers: int, microbatches: int, options: Any) -> 
 
 
 def simulate(point: Point, profile: pdjax.Profile, slowdown: float) -> None:
-    """Predicts the seconds of a step, and what is the least in one process.
+    """Predicts the seconds of a step, and the least that one process allows.
 
     Where two devices that compute at once are `slowdown` times slower, all devices together do no
     more than 2 / `slowdown` seconds of work in a second.
@@ -169,7 +169,7 @@ def table(points: list[Point]) -> str:
 
 
 def draw(points: list[Point], path: Path) -> None:
-    """A row for each point: what was simulated, and what was measured."""
+    """A row for each point: simulated and measured."""
     figure = Figure(figsize=(8, 0.42 * len(points) + 1.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -19,7 +19,7 @@ NUM_MICROBATCHES = 8
 FORWARD_S, INPUT_S, WEIGHT_S = 1e-3, 1e-3, 1e-3
 PARAM_BYTES = 100 * MIB
 STASH_BYTES = 40 * MIB
-CUT_BYTES = 8 * MIB  # what crosses a cut, each way
+CUT_BYTES = 8 * MIB  # bytes that cross a cut, each way
 
 
 def equal_stages(
@@ -55,7 +55,7 @@ def equal_stages(
 
 @dataclass(frozen=True)
 class Case:
-    """A schedule for minibatches of some microbatches, and what its stages cost.
+    """A schedule for minibatches of some microbatches, and the costs of its stages.
 
     Attributes:
         name: of the schedule.
@@ -112,7 +112,7 @@ class Case:
         return [self.costs[stage] for stage in self.schedule.stages_of(0)]
 
     def timeline(self, times: int = 1, topology: Topology | None = None) -> Timeline:
-        """What happens when, for as many microbatches `times` over, and the drain."""
+        """The timeline of as many microbatches `times` over, and the drain."""
         return simulate(
             self.schedule,
             self.costs,

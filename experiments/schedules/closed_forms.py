@@ -41,14 +41,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Form:
-    """A formula, and what it is claimed for.
+    """A formula, and the cases that it is claimed for.
 
     Attributes:
         name: of the schedule.
         text: the formula for people.
-        where: what it is claimed for, for people.
+        where: the cases that it is claimed for, for people.
         value: the formula.
-        holds: what it is claimed for.
+        holds: whether it is claimed for a case.
     """
 
     name: str

@@ -65,7 +65,7 @@ def draw_minibatch(name: str, path: Path) -> None:
 
 
 def draw_beginning(name: str, path: Path) -> None:
-    """What comes first of a run that goes on."""
+    """The first milliseconds of a run that goes on."""
     timeline = beginning(Case.of(name), STOP_MS)
     title = f"{name}, the first {STOP_MS} ms: bubble {timeline.bubble_share:.1%}"
     draw_alone(timeline, path, title)
@@ -84,9 +84,10 @@ def draw_alone(timeline: Timeline, path: Path, title: str = "") -> None:
 def draw_two_buffers(path: Path) -> None:
     """Twice the same: with the numbers of microbatches, and with those of versions."""
     case = Case.of("pipedream_2bw", NUM_WORKERS)
-    timeline = beginning(case, 48)
+    timeline = beginning(case, STOP_MS)
+    bubble = f"bubble {timeline.bubble_share:.1%}"
     titles = [
-        f"{case.name}, minibatches of 4 microbatches: bubble {timeline.bubble_share:.1%} of 48 ms",
+        f"{case.name}, minibatches of 4 microbatches, the first {STOP_MS} ms: {bubble}",
         "the same, with the number of the version of the weights that a pass reads",
     ]
     figure = timelines_figure([timeline, with_versions(case, timeline)])
@@ -111,10 +112,11 @@ def draw_overview(path: Path) -> None:
         timelines.append(replace(timeline, spans=tuple(spans)))
         titles.append(f"{name}: bubble {timeline.bubble_share:.1%} of the first 66 ms")
     figure = timelines_figure(timelines)
-    figure.set_size_inches(11, 13.5)
+    figure.set_size_inches(9, 16)
     _name(figure, titles, "minibatches of 8 microbatches: even dark, odd light")
     for axes in figure.axes:
-        axes.tick_params(axis="y", labelsize=6)
+        axes.tick_params(axis="y", labelsize=8.5)
+        axes.tick_params(axis="x", labelbottom=True)
         for text in list(axes.texts):  # the numbers of minibatches
             text.remove()
     save_figure(figure, path)
@@ -210,7 +212,7 @@ def _name(figure: Figure, titles: Sequence[str], note: str) -> None:
     figure.legends[0].set_title(note)
 
 
-# -------- what to choose by
+# -------- the choice
 
 
 def draw_choice(path: Path) -> None:

@@ -69,7 +69,7 @@ def start(cores: Sequence[int], num_devices: int, options: Any) -> Connection:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)  # what is started inherits it
+    os.sched_setaffinity(0, cores)  # child processes inherit it
     context.Process(target=serve, args=(there, num_devices, options), daemon=True).start()
     os.sched_setaffinity(0, before)
     return here

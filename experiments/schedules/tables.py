@@ -3,12 +3,13 @@
     python experiments/schedules/tables.py
 
 Prints the tables of guide.md in Markdown: the schedules side by side, on links of several speeds,
-with several numbers of microbatches, what slack does, and how many cases the formulas were compared
-with.
+with several numbers of microbatches, with several slacks, with random stages, and the number of
+cases that the formulas were compared with.
 """
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -17,9 +18,12 @@ from cases import FORWARD_S, MIB, NUM_WORKERS, Case, links
 from closed_forms import IN_FLIGHT, WAITS, Form, Setting, in_flight, settings_of, stashes, waits
 
 from pdjax.schedules import ALGORITHMS
+from pdjax.simulate import StageCost, simulate
 
 TRANSFERS_MS = (0.0, 0.25, 0.5, 1.0, 1.5)
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
+SPREADS = (2.0, 10.0)  # the most that a random pass differs from 1 ms, as a factor
+NUM_RANDOM = 200
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> list[str]:
@@ -97,7 +101,7 @@ def slack() -> list[str]:
     return markdown(head, rows)
 
 
-# -------- what workers hold
+# -------- the memory of workers
 
 
 def versions(case: Case) -> list[float]:
@@ -128,6 +132,36 @@ def compared(
     return markdown(["schedule", what, "where", "simulated", "differ"], rows, texts=3)
 
 
+# -------- unequal stages
+
+
+def unequal_stages() -> list[str]:
+    """How often ZB-H1 is slower than 1F1B if every pass has a random length."""
+    rows = []
+    for spread in SPREADS:
+        ratios = [_ratio(random.Random(seed), spread) for seed in range(NUM_RANDOM)]
+        slower = [ratio for ratio in ratios if ratio > 1 + 1e-9]
+        lengths = f"{1 / spread:.4g} to {spread:.4g} ms"
+        rows.append([lengths, str(NUM_RANDOM), str(len(slower)), f"{max(ratios):.2f}"])
+    head = ["each pass takes …", "simulated", "slower than 1F1B", "longest, of 1F1B's time"]
+    return markdown(head, rows)
+
+
+def _ratio(draw: random.Random, spread: float) -> float:
+    """The time of a minibatch under ZB-H1 over that under 1F1B, for stages drawn at random."""
+    num_stages, num_microbatches = draw.randint(2, 6), draw.randint(1, 12)
+    costs = []
+    for _ in range(num_stages):
+        forward_s, input_s, weight_s = (1e-3 * spread ** draw.uniform(-1, 1) for _ in range(3))
+        backward_s = input_s + weight_s
+        costs.append(StageCost(forward_s, backward_s, input_s=input_s, weight_s=weight_s))
+    h1, base = (
+        simulate(ALGORITHMS[name].make(num_stages, num_microbatches, None), costs).makespan_s
+        for name in ("zero_bubble_h1", "one_f_one_b")
+    )
+    return h1 / base
+
+
 # -------- texts
 
 
@@ -149,6 +183,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "How long each worker waits in one minibatch": partial(
         compared, "a worker waits", WAITS, waits, (1.0, 2.5)
     ),
+    "ZB-H1 beside 1F1B with unequal stages": unequal_stages,
     "How much is in flight": partial(compared, "on worker k", IN_FLIGHT, stashes, (1.0,)),
 }
 

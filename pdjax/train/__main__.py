@@ -101,6 +101,10 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
         console.print(str(pipe.comparison), markup=False, soft_wrap=True)
     console.print(f"schedule {pipe.schedule.name}, {pipe.schedule.num_microbatches} microbatches")
     console.print(str(pipe.plan), markup=False, soft_wrap=True)
+    if isinstance(plan, Plan):
+        warning = other_batch_size(plan, pipe.schedule.num_microbatches, config.batch_size)
+        if warning:
+            console.print(warning, style="yellow", markup=False, soft_wrap=True)
     if pipe.plan.prediction is not None and jax.default_backend() == "cpu":
         console.print("(the prediction is for devices that have cores of their own)")
     output = None
@@ -230,6 +234,35 @@ def _describe(console: Console, config: TrainConfig, task: Task) -> None:
     )
 
 
+def other_batch_size(plan: Plan, num_microbatches: int, batch_size: int) -> str | None:
+    """A warning if a plan predicts for other minibatches than a run has; None if it does not.
+
+    Args:
+        plan: the plan.
+        num_microbatches: microbatches in a minibatch of the run.
+        batch_size: examples in a minibatch of the run.
+    """
+    prediction = plan.prediction
+    if prediction is None or prediction.batch_size is None:
+        return None
+    planned = prediction.num_microbatches, prediction.batch_size
+    here = num_microbatches, batch_size // num_microbatches
+    if planned == here:
+        return None
+    return (
+        f"warning: the plan predicts for minibatches of {_size(*planned)}, but this run has "
+        f"{_size(*here)}: its times and bytes are not those of this run. Give --batch-size "
+        f"{planned[0] * planned[1]} --num-microbatches {planned[0]}, or plan again with "
+        f"'python -m pdjax.plan … --batch-size {here[1]} --num-microbatches {here[0]}'."
+    )
+
+
+def _size(num_microbatches: int, batch_size: int) -> str:
+    """Examples of a minibatch: ``"8 examples"``, ``"4 microbatches of 8 examples"``."""
+    examples = f"{batch_size} example{'s' * (batch_size != 1)}"
+    return examples if num_microbatches == 1 else f"{num_microbatches} microbatches of {examples}"
+
+
 def _summarise(
     config: TrainConfig,
     pipe: pdjax.Pipeline,
@@ -271,8 +304,9 @@ def _report(
         )
         if summary["platform"] == "cpu":
             console.print(
-                "(virtual CPU devices share the cores that one device has to itself, so this "
-                "shows the cost of the pipeline, not its gain)"
+                "(virtual CPU devices share the cores of one machine, so this ratio is not the "
+                "speed-up of a pipeline: it compares how busy one large program and several small "
+                "ones keep the same cores)"
             )
     console.print(f"metrics, summary and timeline picture are in {output}", markup=False)
 

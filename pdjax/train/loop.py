@@ -55,6 +55,9 @@ class TrainingLoop:
 
     The last third of them (at most 50) is divided into rounds; after each, one device trains a
     model of its own on the same minibatches, so that both are measured under the same conditions.
+
+    A step returns before its work is done. Progress therefore counts finished steps, those whose
+    loss is ready; the loop looks at losses without waiting for them.
     """
 
     def __init__(
@@ -70,7 +73,7 @@ class TrainingLoop:
         self._baseline = baseline
         self._directory = directory
         self._batches = batches
-        self._done = 0
+        self._num_dispatched = 0
         self._busy_s = 0.0
 
     def run(self, state: pdjax.PipelineState, progress: TrainingProgress) -> Any:
@@ -101,15 +104,22 @@ class TrainingLoop:
             batch = batches[index] if batches else next(self._batches)
             state, metrics = self._pipe.step(state, batch)
             self._busy_s = already + time.perf_counter() - start
-            self._directory.add(self._done, metrics, self._busy_s)
-            self._done += 1
-            losses = self._directory.losses
-            rate = self._done * self._config.batch_size / self._busy_s
-            progress.update(self._done, losses[-1] if losses else None, rate)
+            self._directory.add(self._num_dispatched, metrics, self._busy_s)
+            self._num_dispatched += 1
+            self._report(progress)
         jax.block_until_ready(metrics)
         _wait_for(state)
         self._busy_s = already + time.perf_counter() - start
+        self._directory.write_ready(wait=True)
+        self._report(progress)
         return state
+
+    def _report(self, progress: TrainingProgress) -> None:
+        """Reports the finished steps: those whose losses the directory has."""
+        losses = self._directory.losses
+        if losses:
+            rate = len(losses) * self._config.batch_size / self._busy_s
+            progress.update(len(losses), losses[-1], rate)
 
     def record(self, state: pdjax.PipelineState) -> pdjax.PipelineState:
         """Takes a few more steps to see when every program runs; the last ones are shown."""

@@ -46,10 +46,21 @@ class TrainingProgress:
     ) -> None:
         self._bar.stop()
 
-    def update(self, done: int, loss: float | None, examples_per_s: float) -> None:
-        """Reports after `done` steps, with the newest loss that is known."""
-        figures = f"loss {'…' if loss is None else f'{loss:.4f}'}  {examples_per_s:,.0f} examples/s"
-        self._bar.update(self._task, completed=done, figures=figures)
-        if not self._console.is_terminal and done * _LINES >= self._next_line * self._steps:
-            self._console.print(f"step {done}/{self._steps}  {figures}")
-            self._next_line = done * _LINES // self._steps + 1
+    def update(self, finished: int, loss: float, examples_per_s: float) -> None:
+        """Reports the number of finished steps, the loss of the last one, and the throughput.
+
+        Args:
+            finished: steps whose loss is ready; steps that are only dispatched do not count.
+            loss: the loss of the last of them.
+            examples_per_s: examples of these steps over the seconds since training began.
+        """
+        figures = f"loss {loss:.4f}  {_rate(examples_per_s)} examples/s"
+        self._bar.update(self._task, completed=finished, figures=figures)
+        if not self._console.is_terminal and finished * _LINES >= self._next_line * self._steps:
+            self._console.print(f"step {finished}/{self._steps}  {figures}")
+            self._next_line = finished * _LINES // self._steps + 1
+
+
+def _rate(per_s: float) -> str:
+    """Digits that tell: ``"1,204"``, ``"5.31"``."""
+    return f"{per_s:,.0f}" if per_s >= 100 else f"{per_s:.3g}"

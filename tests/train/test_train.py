@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import os
 import re
@@ -18,11 +19,15 @@ from rich.console import Console
 from pdjax import data, distributed
 from pdjax.data import SOURCES
 from pdjax.models import MODELS
+from pdjax.plan import Plan
+from pdjax.plan.__main__ import main as plan_command
 from pdjax.schedules import ALGORITHMS
 from pdjax.task import make_task
-from pdjax.train.__main__ import main, train
+from pdjax.train.__main__ import main, other_batch_size, train
 from pdjax.train.config import TrainConfig
 from pdjax.train.data_check import check_same_task
+from pdjax.train.loop import TrainingLoop
+from pdjax.train.outputs import RunDirectory
 
 SMALL = {
     "transformer": ("width=8", "num_blocks=2", "num_heads=2", "dropout=0.0"),
@@ -84,6 +89,104 @@ def test_a_run_writes_its_files(tmp_path, text_file, model, options):
     assert (output / "timeline.png").read_bytes().startswith(b"\x89PNG")
     assert "step 18/18" in text, "progress can be read where there is no terminal"
     assert "held out" in text
+
+
+class LateLoss:
+    """A loss that is ready once `late` more steps were dispatched."""
+
+    def __init__(self, dispatched, late):
+        self.dispatched, self.number, self.late = dispatched, len(dispatched), late
+
+    def is_ready(self):
+        return len(self.dispatched) > self.number + self.late
+
+    def block_until_ready(self):
+        """As a real one does: all steps before it are finished, too."""
+        self.late = -1000
+
+    def __float__(self):
+        return float(self.number)
+
+
+def test_progress_counts_finished_steps(tmp_path):
+    """Not dispatched ones: here a loss is ready three steps after its own was dispatched."""
+    steps, late = 8, 3
+    dispatched: list[LateLoss] = []
+    reported = []
+
+    def step(state, batch):
+        dispatched.append(LateLoss(dispatched, late))
+        return state, {"loss": dispatched[-1]}
+
+    pipe: Any = SimpleNamespace(step=step, drain=lambda state: state)
+    state: Any = SimpleNamespace(run=SimpleNamespace(stages=[]))
+    progress: Any = SimpleNamespace(update=lambda *given: reported.append((len(dispatched), given)))
+    config = TrainConfig(steps=steps, batch_size=5)
+    with RunDirectory(None) as directory:
+        loop = TrainingLoop(config, itertools.repeat(None), pipe, None, directory)
+        loop.run(state, progress)
+    during, (_, last) = reported[:-1], reported[-1]
+    assert during, "losses that are ready early are reported early"
+    for number, (finished, loss, examples_per_s) in during:
+        assert finished == number - late
+        assert loss == finished - 1
+        assert examples_per_s > 0
+    assert last[:2] == (steps, steps - 1), "at the end everything is finished"
+
+
+def test_throughput_is_of_finished_steps(monkeypatch):
+    """With a clock that advances a second at every look, the rate can be counted by hand."""
+    clock = itertools.count()
+    monkeypatch.setattr("pdjax.train.loop.time.perf_counter", lambda: float(next(clock)))
+    dispatched: list[LateLoss] = []
+    rates = []
+
+    def step(state, batch):
+        dispatched.append(LateLoss(dispatched, 1))
+        return state, {"loss": dispatched[-1]}
+
+    pipe: Any = SimpleNamespace(step=step, drain=lambda state: state)
+    state: Any = SimpleNamespace(run=SimpleNamespace(stages=[]))
+    progress: Any = SimpleNamespace(update=lambda finished, loss, rate: rates.append(rate))
+    with RunDirectory(None) as directory:
+        config = TrainConfig(steps=4, batch_size=6)
+        TrainingLoop(config, itertools.repeat(None), pipe, None, directory).run(state, progress)
+    # The start is at 0 s; after steps 2, 3 and 4 one, two and three steps are finished, at the end
+    # all four.
+    assert rates == pytest.approx([6 * 1 / 2, 6 * 2 / 3, 6 * 3 / 4, 6 * 4 / 5])
+
+
+def plan_for(path, *options):
+    arguments = ["--model", "mlp", "--model-fields", *SMALL["mlp"], "--rates", "v100"]
+    arguments += ["--topology", "2@10GB/s", "--num-stages", "2", "--output", str(path)]
+    assert plan_command([*arguments, *options]) == 0
+    return Plan.load(path)
+
+
+def test_a_plan_for_another_batch_size_is_said(tmp_path):
+    """Its prediction is not that of the run."""
+    path = tmp_path / "plan.json"
+    plan = plan_for(path, "--batch-size", "8")
+    assert other_batch_size(plan, 1, 8) is None
+    warning = other_batch_size(plan, 2, 8)
+    assert warning
+    assert "minibatches of 8 examples, but this run has 2 microbatches of 4 examples" in warning
+    options = {"schedule": "pipedream", "batch_size": 6, "plan": str(path), "steps": 1}
+    _, _, text = run(tmp_path, "mlp", single_device=False, **options)
+    assert "the plan predicts for minibatches of 8 examples, but this run has 6 examples" in text
+    assert "Give --batch-size 8 --num-microbatches 1" in text
+
+
+def test_a_plan_for_several_microbatches(tmp_path):
+    options = ("--schedule", "gpipe", "--num-microbatches", "4", "--batch-size", "2")
+    plan = plan_for(tmp_path / "plan.json", *options)
+    assert other_batch_size(plan, 4, 8) is None
+    warning = other_batch_size(plan, 1, 8)
+    assert warning
+    assert "minibatches of 4 microbatches of 2 examples, but this run has 8 examples" in warning
+    assert "Give --batch-size 8 --num-microbatches 4" in warning
+    without_prediction = dataclasses.replace(plan, prediction=None)
+    assert other_batch_size(without_prediction, 1, 8) is None
 
 
 def test_it_learns(tmp_path, text_file):
