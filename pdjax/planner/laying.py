@@ -36,6 +36,7 @@ from pdjax.planner.frontier import (
 from pdjax.planner.stage_laying import StageLaying, num_levels
 from pdjax.planner.tables import Tables, every_first, first_true, quick_enough
 
+_GENEROUS = 1 + 1e-9  # times a time limit, so that no bound is too strict by rounding
 _WIDEST = np.finfo(float).max  # below the infinite width of a cut that is not allowed
 
 
@@ -64,18 +65,19 @@ class _Frame:
         level: of its units.
         outer: how many replicas the whole pipeline has.
         bases: the first worker of each of these replicas.
-        elsewhere: number of workers on outer levels that are left for what comes before.
         limit_s: seconds that it may take: one number, or one for each start.
         at_least: for each start the first layer that it may reach.
+        at_most: for each number of units left, 0 among them, and each start: the last layer from
+            which they reach far enough, by time alone; shape (units + 1, starts).
         widths: for each level from this one on, and each start, the widest cut.
     """
 
     level: int
     outer: int
     bases: tuple[int, ...]
-    elsewhere: int
     limit_s: float | np.ndarray
     at_least: np.ndarray
+    at_most: np.ndarray
     widths: np.ndarray
 
     def limit_of(self, starts: np.ndarray) -> float | np.ndarray:
@@ -97,8 +99,7 @@ class Laying:
         self._limit_s = limit_s
         self._trail = Trail()
         self._within: dict[tuple[float, int, bool], np.ndarray] = {}
-        counts = [level.num_units for level in self.costs.topology.levels]
-        self._unit_size = [math.prod(counts[:level]) for level in range(len(counts))]
+        self.num_rows = 0
         # Where all workers are alike, those that a plan does not need may as well be the first.
         self._leaves_idle = len(set(self.costs.topology.memory_bytes)) > 1
 
@@ -107,7 +108,11 @@ class Laying:
         top = len(self.costs.topology.levels) - 1
         start = make_rows(1, first=self.costs.num_layers, parent=NOTHING, inner=NOTHING)
         widths = self._widths(np.array([self._limit_s]), top, np.empty((0, 1)))
-        frame = _Frame(top, 1, (0,), 0, self._limit_s, np.zeros(1, np.int64), widths)
+        zero = np.zeros(1, np.int64)
+        at_most = self._at_most(top, 1, zero, self._limit_s)
+        if at_most[-1, 0] < self.costs.num_layers:
+            return None
+        frame = _Frame(top, 1, (0,), self._limit_s, zero, at_most, widths)
         for rows in self._pipeline(start, frame):
             done = rows[rows[:, FIRST] == 0]
             if self.wish.num_stages is not None:
@@ -115,6 +120,24 @@ class Laying:
             if len(done):
                 return self._trail.parts(int(self._trail.add(done[:1])[0]))
         return None
+
+    def _at_most(
+        self, level: int, outer: int, goals: np.ndarray, limit_s: float | np.ndarray
+    ) -> np.ndarray:
+        """The last layers from which 0, 1, … units reach some goals, by time alone.
+
+        Shape (units + 1, goals).
+        """
+        count = self.costs.num_layers
+        if not math.isfinite(self._limit_s):
+            units = self.costs.topology.levels[level].num_units
+            return np.full((units + 1, len(goals)), count)
+        each = np.broadcast_to(np.asarray(limit_s, float), goals.shape) * _GENEROUS
+        pairs, index = np.unique(np.stack([goals, each]), axis=1, return_inverse=True)
+        stop = count - pairs[0].astype(np.int64)
+        outers = np.full(len(stop), outer)
+        ahead = self.tables.ahead(self.wish.straight)
+        return count - ahead.pipelines(level, stop, pairs[1], outers).first[:, index]
 
     def _widths(self, limit_s: np.ndarray, level: int, outer: np.ndarray) -> np.ndarray:
         """The widest cuts of a level, put before those of the outer levels."""
@@ -134,8 +157,8 @@ class Laying:
         kept: list[list[Rows]] = [[] for _ in range(units + 1)]
         kept[0] = [begin]
         for used in range(units + 1):
-            left = (units - used) * self._unit_size[frame.level] * frame.outer
-            rows = self._prune(join(kept[used]), left + frame.elsewhere, frame)
+            rows = self._prune(join(kept[used]), units - used, frame)
+            self.num_rows += len(rows)
             laid = rows[:, FIRST] < starts[rows[:, ORIGIN], FIRST]
             if laid.any():
                 yield rows[laid]
@@ -154,11 +177,9 @@ class Laying:
             for m, more in self._parts(ready, numbers, used, frame):
                 kept[used + m].append(more)
 
-    def _prune(self, rows: Rows, num_workers: int, frame: _Frame) -> Rows:
-        """The rows worth going on with, on `num_workers` that are left."""
-        if math.isfinite(self._limit_s):  # what is left to do must fit into the time of those
-            most_s = self._limit_s * num_workers * (1 + 1e-9)
-            rows = rows[self.costs.compute_s[rows[:, FIRST]] <= most_s]
+    def _prune(self, rows: Rows, left: int, frame: _Frame) -> Rows:
+        """The rows worth going on with, on `left` more units."""
+        rows = rows[rows[:, FIRST] <= frame.at_most[left, rows[:, ORIGIN]]]
         if self.wish.num_stages is None:
             burden = self.tables.burden_rank[rows[:, FIRST]] * self.wish.charges_memory
             widths = frame.widths[:, rows[:, ORIGIN]]
@@ -177,7 +198,7 @@ class Laying:
             yield from self._stages(ready, numbers, replicas, free, frame)
             return
         for m in replicas:
-            lay = self._nested if self.costs.cost.overlap else self._nested_sum
+            lay = self._nested if self.costs.cost.overlap or m == 1 else self._nested_sum
             for inner, origin in lay(ready, m, free - m, frame):
                 more = make_rows(
                     len(inner),
@@ -194,14 +215,20 @@ class Laying:
                 yield m, more
 
     def _inside(
-        self, m: int, unit: int, frame: _Frame, limit_s: Any, at_least: Any, origin: Any
+        self,
+        m: int,
+        unit: int,
+        frame: _Frame,
+        limit_s: float | np.ndarray,
+        at_least: np.ndarray,
+        at_most: np.ndarray,
+        origin: np.ndarray,
     ) -> _Frame:
         """The frame of a pipeline on the units inside of `m` units of `frame`."""
         each = np.broadcast_to(np.asarray(limit_s, float), (len(origin),))
         widths = self._widths(each, frame.level - 1, frame.widths[:, origin])
         bases = self.costs.units(frame.level, unit, m, frame.bases)
-        left = frame.elsewhere + unit * self._unit_size[frame.level] * frame.outer
-        return _Frame(frame.level - 1, frame.outer * m, bases, left, limit_s, at_least, widths)
+        return _Frame(frame.level - 1, frame.outer * m, bases, limit_s, at_least, at_most, widths)
 
     def _nested(
         self, ready: Rows, m: int, unit: int, frame: _Frame
@@ -213,7 +240,9 @@ class Laying:
             lambda i: self.costs.sync_s(i, stop, m, frame.level, frame.outer) <= limit_s, stop
         )
         at_least = np.maximum(synced, frame.at_least[origin])
-        inside = self._inside(m, unit, frame, limit_s, at_least, origin)
+        goals = frame.at_most[unit, origin]
+        at_most = self._at_most(frame.level - 1, frame.outer * m, goals, limit_s)
+        inside = self._inside(m, unit, frame, limit_s, at_least, at_most, origin)
         starts = ready.copy()
         starts[:, PARENT] = starts[:, INNER] = NOTHING
         for rows in self._pipeline(starts, inside):
@@ -224,15 +253,27 @@ class Laying:
     ) -> Iterator[tuple[Rows, np.ndarray]]:
         """The same where the all-reduce is added: how much is left depends on where it begins.
 
-        So every first layer is tried, with the time that its parameters leave.
+        So every first layer is tried that time allows, with the time that its parameters leave.
         """
-        index, first = every_first(frame.at_least[ready[:, ORIGIN]], ready[:, FIRST])
+        most = np.minimum(frame.at_most[unit, ready[:, ORIGIN]] + 1, ready[:, FIRST])
+        if self.wish.num_stages is not None:  # no stage is left for what would come before
+            most = np.where(ready[:, COUNT] + 1 < self.wish.num_stages, most, np.minimum(most, 1))
+        index, first = every_first(frame.at_least[ready[:, ORIGIN]], most)
         origin, stop = ready[index, ORIGIN], ready[index, FIRST]
         sync = self.costs.sync_s(first, stop, m, frame.level, frame.outer)
         left = frame.limit_of(origin) * m - sync
         able = left >= 0
-        index, first, origin, left = index[able], first[able], origin[able], left[able]
-        inside = self._inside(m, unit, frame, left, first, origin)
+        index, first, origin, stop, left = (x[able] for x in (index, first, origin, stop, left))
+        at_most = self._at_most(frame.level - 1, frame.outer * m, first, left)
+        able = stop <= at_most[-1]
+        index, first, origin, left, at_most = (
+            index[able],
+            first[able],
+            origin[able],
+            left[able],
+            at_most[:, able],
+        )
+        inside = self._inside(m, unit, frame, left, first, at_most, origin)
         starts = ready[index]
         starts[:, PARENT] = starts[:, INNER] = NOTHING
         for rows in self._pipeline(starts, inside):

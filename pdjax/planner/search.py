@@ -12,16 +12,22 @@ Nothing here imports JAX.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from pdjax.planner.cost_model import Costs, Part
 from pdjax.planner.laying import Laying, Wish
 from pdjax.planner.narrowing import narrowed
+from pdjax.planner.reach import Reach
 from pdjax.planner.tables import Tables
 
 _EXACT = 1e-12  # a plan counts as faster if its time is less by more than this share
 _CLOSE = 1e-9  # how closely the best time is closed in
 _FACTORS = (1 + _CLOSE, 1.02, 1.1, 1.3, 2.0, 4.0, 16.0, 256.0)  # of the least time
+
+
+Find = Callable[[float], tuple[Part, ...] | None]
+"""Looks for a plan that takes at most some seconds."""
 
 
 def fastest(
@@ -35,14 +41,14 @@ def fastest(
         num_stages: exactly how many stages; any number if None.
     """
     tables = Tables(costs)
-    wish = Wish(straight, charges_memory=False)
+    wish = Wish(straight, num_stages, charges_memory=False)
     least_s = float(costs.compute_s[-1]) / costs.topology.num_workers
-    best = _bisect(tables, wish, least_s)
+    best = _bisect(costs, Reach(costs, straight=straight).plan, least_s)
     if num_stages is not None and best is not None:
-        wish = replace(wish, num_stages=num_stages)
-        best = _bisect(tables, wish, costs.plan_s(best))
+        best = _bisect(costs, lambda s: Laying(tables, s, wish).run(), costs.plan_s(best))
     if best is not None and costs.excess_bytes(best) > 0:
-        best = _bisect(tables, replace(wish, charges_memory=True), costs.plan_s(best))
+        wish = replace(wish, charges_memory=True)
+        best = _bisect(costs, lambda s: Laying(tables, s, wish).run(), costs.plan_s(best))
     if best is None:
         return None
     best = _sending_least(tables, wish, best)
@@ -57,11 +63,27 @@ def _sending_least(tables: Tables, wish: Wish, best: tuple[Part, ...]) -> tuple[
     """
     costs = tables.costs
     limit_s = costs.plan_s(best) * (1 + _CLOSE)
-    wish = replace(wish, charges_memory=True)
-    others = [replace(wish, straight=True), replace(wish, num_stages=wish.num_stages or 1)]
-    laid = (Laying(tables, limit_s, other).run() for other in others)
-    found = [best, *(parts for parts in laid if parts is not None)]
-    return min(found, key=lambda parts: sum(map(costs.wire_bytes, costs.stages(parts))))
+    found = [best, _straight(tables, limit_s, wish)]
+    single = replace(wish, charges_memory=_limits(costs), num_stages=wish.num_stages or 1)
+    found.append(Laying(tables, limit_s, single).run())
+    return min(
+        (parts for parts in found if parts is not None),
+        key=lambda parts: sum(map(costs.wire_bytes, costs.stages(parts))),
+    )
+
+
+def _straight(tables: Tables, limit_s: float, wish: Wish) -> tuple[Part, ...] | None:
+    """A straight plan that takes at most `limit_s` and fits."""
+    costs = tables.costs
+    found = Reach(costs, straight=True).plan(limit_s)
+    if found is None or (wish.num_stages is None and costs.excess_bytes(found) == 0):
+        return found
+    wish = replace(wish, straight=True, charges_memory=_limits(costs))
+    return Laying(tables, limit_s, wish).run()
+
+
+def _limits(costs: Costs) -> bool:
+    return bool(costs.topology.memory_bytes)
 
 
 def fits(costs: Costs, *, straight: bool = False, num_stages: int | None = None) -> bool:
@@ -92,10 +114,15 @@ def least_excess(
     return _from_first_unit(costs, best)
 
 
-def _bisect(tables: Tables, wish: Wish, known_s: float) -> tuple[Part, ...] | None:
-    """The plan with the smallest time; nothing takes less than `known_s`."""
-    costs = tables.costs
-    low, best = _bracket(tables, wish, known_s)
+def _bisect(costs: Costs, find: Find, known_s: float) -> tuple[Part, ...] | None:
+    """The plan with the smallest time; nothing takes less than `known_s`.
+
+    Args:
+        costs: the layers and the workers.
+        find: a plan that takes at most some seconds, give or take rounding.
+        known_s: seconds.
+    """
+    low, best = _bracket(find, known_s)
     if best is None:
         return None
     high, rounds = costs.plan_s(best), 0
@@ -103,8 +130,8 @@ def _bisect(tables: Tables, wish: Wish, known_s: float) -> tuple[Part, ...] | No
         rounds += 1
         # Once in a while, look if anything at all is faster: mostly this ends the search early.
         middle = high * (1 - _EXACT) if rounds % 4 == 0 else (low + high) / 2
-        found = Laying(tables, middle, wish).run()
-        if found is not None:
+        found = find(middle)
+        if found is not None and costs.plan_s(found) < high:
             best, high = found, costs.plan_s(found)
         elif rounds % 4 == 0:
             break
@@ -113,7 +140,7 @@ def _bisect(tables: Tables, wish: Wish, known_s: float) -> tuple[Part, ...] | No
     return best
 
 
-def _bracket(tables: Tables, wish: Wish, known_s: float) -> tuple[float, tuple[Part, ...] | None]:
+def _bracket(find: Find, known_s: float) -> tuple[float, tuple[Part, ...] | None]:
     """A time that is too short for any plan, and a plan that does not take much longer.
 
     Plans are mostly tight: it is tried a little above `known_s` first, as the more time there is,
@@ -121,11 +148,11 @@ def _bracket(tables: Tables, wish: Wish, known_s: float) -> tuple[float, tuple[P
     """
     low = known_s
     for factor in _FACTORS if known_s > 0 else ():
-        found = Laying(tables, known_s * factor, wish).run()
+        found = find(known_s * factor)
         if found is not None:
             return low, found
         low = known_s * factor
-    return low, Laying(tables, float("inf"), wish).run()
+    return low, find(float("inf"))
 
 
 def _plain(costs: Costs, parts: tuple[Part, ...]) -> tuple[Part, ...]:

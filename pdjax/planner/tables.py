@@ -10,6 +10,8 @@ from collections.abc import Callable
 import numpy as np
 
 from pdjax.planner.cost_model import BUFFERS, Costs
+from pdjax.planner.reach import Reach
+from pdjax.planner.sums import next_narrower
 
 
 class Tables:
@@ -27,8 +29,15 @@ class Tables:
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
         self.burden_rank = _burden_rank(costs)
-        self.narrower = _next_narrower(costs.width_bytes)
+        self.narrower = next_narrower(costs.width_bytes)
         self._fitting: dict[tuple[float, bool], np.ndarray] = {}
+        self._ahead: dict[bool, Reach] = {}
+
+    def ahead(self, straight: bool) -> Reach:
+        """How far pipelines that begin with the first layer reach, in mirrored layers."""
+        if straight not in self._ahead:
+            self._ahead[straight] = Reach(self.costs, straight=straight, mirrored=True)
+        return self._ahead[straight]
 
     def fitting(
         self, limit_bytes: float, warm_up: np.ndarray, stop: np.ndarray, remat: bool
@@ -107,15 +116,3 @@ def every_first(lowest: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.nd
     index = np.repeat(np.arange(len(stop)), counts)
     begin = np.cumsum(counts) - counts
     return index, lowest[index] + np.arange(counts.sum()) - begin[index]
-
-
-def _next_narrower(width: np.ndarray) -> np.ndarray:
-    """For each layer the next one with a narrower cut before it; the end if there is none."""
-    count = len(width)
-    following = np.full(count, count - 1)
-    waiting: list[int] = []
-    for at in range(count):
-        while waiting and width[at] < width[waiting[-1]]:
-            following[waiting.pop()] = at
-        waiting.append(at)
-    return following
