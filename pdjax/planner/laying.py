@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
@@ -46,13 +46,17 @@ class Wish:
 
     Attributes:
         straight: whether to replicate nothing.
-        num_stages: exactly how many stages; None for any number.
+        num_stages: how many stages; None for any number.
+        counting: ``"exact"``: exactly as many, and nothing is missed; ``"likely"``: exactly as
+            many, but only of partial plans of equally many stages the farthest are gone on with,
+            so that a plan may be missed; ``"at_most"``: as many or fewer, and nothing is missed.
         charges_memory: whether the plan must fit.
         extra_bytes: how much larger every memory is taken to be.
     """
 
     straight: bool = False
     num_stages: int | None = None
+    counting: Literal["exact", "likely", "at_most"] = "exact"
     charges_memory: bool = True
     extra_bytes: float = 0.0
 
@@ -65,6 +69,7 @@ class _Frame:
         level: of its units.
         outer: how many replicas the whole pipeline has.
         bases: the first worker of each of these replicas.
+        elsewhere: most stages on the outer units that are left for what comes before.
         limit_s: seconds that it may take: one number, or one for each start.
         at_least: for each start the first layer that it may reach.
         at_most: for each number of units left, 0 among them, and each start: the last layer from
@@ -75,6 +80,7 @@ class _Frame:
     level: int
     outer: int
     bases: tuple[int, ...]
+    elsewhere: int
     limit_s: float | np.ndarray
     at_least: np.ndarray
     at_most: np.ndarray
@@ -100,6 +106,9 @@ class Laying:
         self._trail = Trail()
         self._within: dict[tuple[float, int, bool], np.ndarray] = {}
         self.num_rows = 0
+        counts = [level.num_units for level in self.costs.topology.levels]
+        self._unit_size = [math.prod(counts[:level]) for level in range(len(counts))]
+        self._exactly = wish.num_stages is not None and wish.counting != "at_most"
         # Where all workers are alike, those that a plan does not need may as well be the first.
         self._leaves_idle = len(set(self.costs.topology.memory_bytes)) > 1
 
@@ -112,10 +121,10 @@ class Laying:
         at_most = self._at_most(top, 1, zero, self._limit_s)
         if at_most[-1, 0] < self.costs.num_layers:
             return None
-        frame = _Frame(top, 1, (0,), self._limit_s, zero, at_most, widths)
+        frame = _Frame(top, 1, (0,), 0, self._limit_s, zero, at_most, widths)
         for rows in self._pipeline(start, frame):
             done = rows[rows[:, FIRST] == 0]
-            if self.wish.num_stages is not None:
+            if self._exactly:
                 done = done[done[:, COUNT] == self.wish.num_stages]
             if len(done):
                 return self._trail.parts(int(self._trail.add(done[:1])[0]))
@@ -180,13 +189,23 @@ class Laying:
     def _prune(self, rows: Rows, left: int, frame: _Frame) -> Rows:
         """The rows worth going on with, on `left` more units."""
         rows = rows[rows[:, FIRST] <= frame.at_most[left, rows[:, ORIGIN]]]
-        if self.wish.num_stages is None:
-            burden = self.tables.burden_rank[rows[:, FIRST]] * self.wish.charges_memory
-            widths = frame.widths[:, rows[:, ORIGIN]]
-            return worth_keeping(rows, burden, num_levels(self.costs, rows[:, FIRST], widths))
+        if self.wish.num_stages is not None:
+            rows = self._hopeful(rows, left * self._unit_size[frame.level] + frame.elsewhere)
+            if self.wish.counting == "exact":
+                return one_of_each(rows)
+        burden = self.tables.burden_rank[rows[:, FIRST]] * self.wish.charges_memory
+        levels = num_levels(self.costs, rows[:, FIRST], frame.widths[:, rows[:, ORIGIN]])
+        return worth_keeping(rows, burden, levels, fewer_stages=not self._exactly)
+
+    def _hopeful(self, rows: Rows, most: int) -> Rows:
+        """The rows that can still get the wanted number of stages, by at most so many more."""
         left = self.wish.num_stages - rows[:, COUNT]
-        hopeful = np.where(left == 0, rows[:, FIRST] == 0, rows[:, FIRST] >= left)
-        return one_of_each(rows[hopeful & (left >= 0)])
+        if not self._exactly:
+            return rows[(left > 0) | ((left == 0) & (rows[:, FIRST] == 0))]
+        able = (left >= 0) & (left <= most)
+        rows, left = rows[able], left[able]
+        done = (left > 0) | (rows[:, FIRST] == 0)
+        return rows[done & (rows[:, FIRST] >= self.tables.nth_cut(left))]
 
     def _parts(
         self, ready: Rows, numbers: np.ndarray, used: int, frame: _Frame
@@ -228,7 +247,10 @@ class Laying:
         each = np.broadcast_to(np.asarray(limit_s, float), (len(origin),))
         widths = self._widths(each, frame.level - 1, frame.widths[:, origin])
         bases = self.costs.units(frame.level, unit, m, frame.bases)
-        return _Frame(frame.level - 1, frame.outer * m, bases, limit_s, at_least, at_most, widths)
+        left = frame.elsewhere + unit * self._unit_size[frame.level]
+        return _Frame(
+            frame.level - 1, frame.outer * m, bases, left, limit_s, at_least, at_most, widths
+        )
 
     def _nested(
         self, ready: Rows, m: int, unit: int, frame: _Frame
@@ -289,6 +311,10 @@ class Laying:
         row = np.repeat(np.arange(len(ready)), len(replicas))
         m = np.tile(np.array(replicas), len(ready))
         limits = np.array([self._limit_bytes(each, free, frame) for each in replicas])
+        at_least = frame.at_least[ready[row, ORIGIN]]
+        if self._exactly:  # as many layers are left as stages
+            left = self.wish.num_stages - ready[row, COUNT] - 1
+            at_least = np.maximum(at_least, self.tables.nth_cut(left))
         stages = StageLaying(
             self.tables,
             ready[row],
@@ -296,10 +322,11 @@ class Laying:
             limit_bytes=limits[m - replicas[0]] if self.wish.charges_memory else None,
             widths=frame.widths[:, ready[row, ORIGIN]],
             first_in_time=lambda remat: np.maximum(
-                self._in_time(m, ready[row], frame, remat), frame.at_least[ready[row, ORIGIN]]
+                self._in_time(m, ready[row], frame, remat), at_least
             ),
         )
-        found = stages.narrowing() if self.wish.num_stages is None else stages.everywhere()
+        exact = self.wish.num_stages is not None and self.wish.counting == "exact"
+        found = stages.everywhere() if exact else stages.narrowing()
         index, first, remat = (np.concatenate(column) for column in zip(*found, strict=True))
         order = np.argsort(m[index], kind="stable")
         index, first, remat = index[order], first[order], remat[order]

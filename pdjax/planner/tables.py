@@ -32,6 +32,13 @@ class Tables:
         self.narrower = next_narrower(costs.width_bytes)
         self._fitting: dict[tuple[float, bool], np.ndarray] = {}
         self._ahead: dict[bool, Reach] = {}
+        inside = np.arange(1, costs.num_layers)
+        self._cuts = np.concatenate([[0], inside[np.isfinite(costs.width_bytes[1:-1])]])
+
+    def nth_cut(self, number: np.ndarray) -> np.ndarray:
+        """The first layers that so many stages can end before; the last layer's if none."""
+        found = self._cuts[np.clip(number, 0, len(self._cuts) - 1)]
+        return np.where(number < len(self._cuts), found, self.costs.num_layers)
 
     def ahead(self, straight: bool) -> Reach:
         """How far pipelines that begin with the first layer reach, in mirrored layers."""
