@@ -34,7 +34,7 @@ from pdjax.planner.frontier import (
     worth_keeping,
 )
 from pdjax.planner.stage_laying import StageLaying, num_levels
-from pdjax.planner.tables import Tables, every_first, first_true, quick_enough
+from pdjax.planner.tables import Tables, every_first, first_true
 
 _GENEROUS = 1 + 1e-9  # times a time limit, so that no bound is too strict by rounding
 _WIDEST = np.finfo(float).max  # below the infinite width of a cut that is not allowed
@@ -104,8 +104,6 @@ class Laying:
         self.tables, self.costs, self.wish = tables, tables.costs, wish
         self._limit_s = limit_s
         self._trail = Trail()
-        self._within: dict[tuple[float, int, bool], np.ndarray] = {}
-        self.num_rows = 0
         counts = [level.num_units for level in self.costs.topology.levels]
         self._unit_size = [math.prod(counts[:level]) for level in range(len(counts))]
         self._exactly = wish.num_stages is not None and wish.counting != "at_most"
@@ -167,7 +165,6 @@ class Laying:
         kept[0] = [begin]
         for used in range(units + 1):
             rows = self._prune(join(kept[used]), units - used, frame)
-            self.num_rows += len(rows)
             laid = rows[:, FIRST] < starts[rows[:, ORIGIN], FIRST]
             if laid.any():
                 yield rows[laid]
@@ -217,7 +214,8 @@ class Laying:
             yield from self._stages(ready, numbers, replicas, free, frame)
             return
         for m in replicas:
-            lay = self._nested if self.costs.cost.overlap or m == 1 else self._nested_sum
+            simple = self.costs.cost.overlap or m == 1 or not math.isfinite(self._limit_s)
+            lay = self._nested if simple else self._nested_sum
             for inner, origin in lay(ready, m, free - m, frame):
                 more = make_rows(
                     len(inner),
@@ -308,22 +306,27 @@ class Laying:
         self, ready: Rows, numbers: np.ndarray, replicas: range, free: int, frame: _Frame
     ) -> Iterator[tuple[int, Rows]]:
         """One stage more before each row, for all numbers of units at once."""
-        row = np.repeat(np.arange(len(ready)), len(replicas))
-        m = np.tile(np.array(replicas), len(ready))
-        limits = np.array([self._limit_bytes(each, free, frame) for each in replicas])
-        at_least = frame.at_least[ready[row, ORIGIN]]
+        origin, m = ready[:, ORIGIN, None], np.array(replicas)
+        least = frame.at_least[origin]
         if self._exactly:  # as many layers are left as stages
-            left = self.wish.num_stages - ready[row, COUNT] - 1
-            at_least = np.maximum(at_least, self.tables.nth_cut(left))
+            left = self.wish.num_stages - ready[:, COUNT, None] - 1
+            least = np.maximum(least, self.tables.nth_cut(left))
+        ways = self._ways()
+        in_time = {
+            again: np.maximum(self._in_time(replicas, ready, frame, again), least) for again in ways
+        }
+        # Only the stages that leave no more than the units that are left can do.
+        able = np.minimum.reduce(list(in_time.values())) <= frame.at_most[free - m, origin]
+        row, column = np.nonzero(able)
+        m = m[column]
+        limits = np.array([self._limit_bytes(each, free, frame) for each in replicas])
         stages = StageLaying(
             self.tables,
             ready[row],
             replicas=m * frame.outer,
-            limit_bytes=limits[m - replicas[0]] if self.wish.charges_memory else None,
+            limit_bytes=limits[column] if self.wish.charges_memory else None,
             widths=frame.widths[:, ready[row, ORIGIN]],
-            first_in_time=lambda remat: np.maximum(
-                self._in_time(m, ready[row], frame, remat), at_least
-            ),
+            in_time={again: first[row, column] for again, first in in_time.items()},
         )
         exact = self.wish.num_stages is not None and self.wish.counting == "exact"
         found = stages.everywhere() if exact else stages.narrowing()
@@ -352,17 +355,16 @@ class Laying:
         workers = self.costs.units(0, free - m, m, frame.bases)
         return self.costs.limit_bytes(workers) + self.wish.extra_bytes
 
-    def _in_time(self, m: np.ndarray, rows: Rows, frame: _Frame, remat: bool) -> np.ndarray:
-        """For each row the first layer from which a stage on `m` workers is quick enough."""
+    def _ways(self) -> tuple[bool, ...]:
+        """Whether forward passes may be repeated."""
+        remat = self.costs.memory.remat
+        if remat == "auto":
+            return (False, True) if self.wish.charges_memory else (False,)
+        return (remat == "full",)
+
+    def _in_time(self, replicas: range, rows: Rows, frame: _Frame, remat: bool) -> np.ndarray:
+        """The first layers from which stages are quick enough; shape (rows, replicas)."""
+        sums = self.tables.stage_sums(frame.outer, remat)
         limit_s, stop = frame.limit_of(rows[:, ORIGIN]), rows[:, FIRST]
-        if isinstance(limit_s, np.ndarray):
-            return quick_enough(self.costs, m, frame.outer, stop, limit_s, remat)
-        key = limit_s, frame.outer, remat
-        if key not in self._within:
-            units = self.costs.topology.levels[0].num_units
-            shape = units, self.costs.num_layers + 1
-            each, every = np.indices(shape)
-            self._within[key] = quick_enough(
-                self.costs, each + 1, frame.outer, every, limit_s, remat
-            )
-        return self._within[key][m - 1, stop]
+        found = [np.minimum(sums.first(m, stop, limit_s * m), stop) for m in replicas]
+        return np.stack(found, axis=1)

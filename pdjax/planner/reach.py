@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from pdjax.planner.cost_model import Costs, Part
-from pdjax.planner.sums import Sums, next_narrower
+from pdjax.planner.sums import Sums, next_narrower, part_sums
 
 _ROUNDING = 1e-13  # share of the limit by which a plan may exceed it
 _BOUND_ROUNDING = 1e-9  # share of a limit by which a bound is too generous
@@ -61,12 +62,9 @@ class Reach:
     def __init__(self, costs: Costs, *, straight: bool = False, mirrored: bool = False) -> None:
         self.costs, self.straight, self.count = costs, straight, 0
         self._remat = costs.memory.remat == "full"
-        work, params = costs.compute_s, costs.param_bytes
-        if self._remat:
-            work = work + costs.forward_s
-        if mirrored:
-            work, params = work[-1] - work[::-1], params[-1] - params[::-1]
-        self._work_s, self._param_bytes = work, params
+        self._mirrored = mirrored
+        params = costs.param_bytes
+        self._param_bytes = params[-1] - params[::-1] if mirrored else params
         self._width_bytes = costs.width_bytes[:: -1 if mirrored else 1]
         self._narrower = next_narrower(self._width_bytes)
         self._num_units = [level.num_units for level in costs.topology.levels]
@@ -91,7 +89,7 @@ class Reach:
     def _parts(
         self, level: int, first: int, stop: int, limit_s: float, outer: int
     ) -> tuple[Part, ...]:
-        """The parts of one pipeline, on as few units as suffice, of which those are the last."""
+        """The parts of one pipeline, on the last units, and on as few of them as suffice."""
         found = self._one(level, stop, limit_s, outer)
         parts = []
         while first < stop:
@@ -259,32 +257,24 @@ class Reach:
             low[parts] = np.where(good, low[parts, None], at + 1).max(axis=1)
             improve(parts)
 
-    def _inside_s(self, level: int, m, first, stop, limit_s, outer):  # noqa: ANN001, ANN202
+    def _inside_s(
+        self, level: int, m: Any, first: Any, stop: Any, limit_s: Any, outer: int
+    ) -> Any:
         """Seconds that pipelines inside m units may take; numbers or arrays."""
         if self.costs.cost.overlap:
             return limit_s * m
         each = self.costs.sync_s_per_byte(m, level, outer)
         return limit_s * m - each * (self._param_bytes[stop] - self._param_bytes[first])
 
-    def _bounds(
-        self, level: int, stops: np.ndarray, limit_s: np.ndarray, outer: int
-    ) -> np.ndarray:
+    def _bounds(self, level: int, stops: np.ndarray, limit_s: np.ndarray, outer: int) -> np.ndarray:
         """For parts of 2, 3, … units, first layers that they do not get before."""
         sums, inside = self._sums(level, outer), math.prod(self._num_units[:level])
         most = limit_s * inside * (1 + _BOUND_ROUNDING)
         return np.array([sums.first(m, stops[m - 1], most * m) for m in range(2, len(stops) + 1)])
 
     def _sums(self, level: int, outer: int) -> Sums:
-        """Of parts of 0, 1, … units, the work and the all-reduce of all workers inside a unit."""
         if (level, outer) not in self._tables:
-            m = np.arange(1, self._num_units[level] + 1)
-            each = self.costs.sync_s_per_byte(m, level, outer)
-            sync = np.concatenate([[0.0], each])[:, None] * self._param_bytes
-            work = np.broadcast_to(self._work_s, sync.shape)
-            if self.costs.cost.overlap:
-                self._tables[level, outer] = Sums(sync) if level else Sums(work, sync)
-            else:
-                self._tables[level, outer] = Sums(
-                    work + math.prod(self._num_units[:level]) * sync
-                )
+            self._tables[level, outer] = part_sums(
+                self.costs, level, outer, self._remat, mirrored=self._mirrored
+            )
         return self._tables[level, outer]

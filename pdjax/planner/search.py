@@ -138,9 +138,7 @@ def least_excess(
     low, high = 0.0, costs.excess_bytes(best)
     while high - low > 0.5 and high - low > 1e-9 * high:
         middle = (low + high) / 2
-        found = _lay(
-            tables, float("inf"), replace(wish, charges_memory=True, extra_bytes=middle)
-        )
+        found = _lay(tables, float("inf"), replace(wish, charges_memory=True, extra_bytes=middle))
         if found is None:
             low = middle
         else:

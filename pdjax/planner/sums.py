@@ -5,7 +5,11 @@ Nothing here imports JAX.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+
+from pdjax.planner.cost_model import Costs
 
 _ROUNDING = 4e-16  # share of the sum over all layers by which differences may be off
 
@@ -26,7 +30,7 @@ class Sums:
     def quick(
         self, m: np.ndarray, first: np.ndarray, stop: np.ndarray, limit_s: np.ndarray
     ) -> np.ndarray:
-        """Whether the layers first … stop take at most `limit_s` on m units; arrays of one shape."""
+        """Whether the layers first … stop take at most `limit_s` on m units; of one shape."""
         good = np.ones(np.broadcast_shapes(m.shape, first.shape), bool)
         for table, slack in zip(self._tables, self._slack, strict=True):
             good &= table[m, stop] - table[m, first] <= limit_s + slack[m]
@@ -39,6 +43,31 @@ class Sums:
             least = table[m][stop] - limit_s - slack[m]
             found = np.maximum(found, np.searchsorted(table[m], least))
         return found
+
+
+def part_sums(costs: Costs, level: int, outer: int, remat: bool, *, mirrored: bool = False) -> Sums:
+    """The seconds of parts of 1, 2, … units of a level, times their number.
+
+    Where the all-reduce is added, it counts for each worker inside a unit, as the work does: so
+    many seconds they have together. Where it overlaps, only stages have work, too.
+
+    Args:
+        costs: the layers and the workers.
+        level: of the units.
+        outer: how often all of them are replicated on outer levels.
+        remat: whether forward passes are repeated.
+        mirrored: whether to take the layers in reverse order.
+    """
+    work = costs.compute_s + (costs.forward_s if remat else 0.0)
+    params = costs.param_bytes
+    if mirrored:
+        work, params = work[-1] - work[::-1], params[-1] - params[::-1]
+    units = costs.topology.levels
+    each = costs.sync_s_per_byte(np.arange(1, units[level].num_units + 1), level, outer)
+    sync = np.concatenate([[0.0], each])[:, None] * params
+    if costs.cost.overlap:
+        return Sums(sync) if level else Sums(np.broadcast_to(work, sync.shape), sync)
+    return Sums(work + math.prod(inner.num_units for inner in units[:level]) * sync)
 
 
 def next_narrower(width: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 
 from pdjax.planner.cost_model import BUFFERS, Costs
 from pdjax.planner.reach import Reach
-from pdjax.planner.sums import next_narrower
+from pdjax.planner.sums import Sums, next_narrower, part_sums
 
 
 class Tables:
@@ -32,6 +32,7 @@ class Tables:
         self.narrower = next_narrower(costs.width_bytes)
         self._fitting: dict[tuple[float, bool], np.ndarray] = {}
         self._ahead: dict[bool, Reach] = {}
+        self._stage_sums: dict[tuple[int, bool], Sums] = {}
         inside = np.arange(1, costs.num_layers)
         self._cuts = np.concatenate([[0], inside[np.isfinite(costs.width_bytes[1:-1])]])
 
@@ -45,6 +46,13 @@ class Tables:
         if straight not in self._ahead:
             self._ahead[straight] = Reach(self.costs, straight=straight, mirrored=True)
         return self._ahead[straight]
+
+    def stage_sums(self, outer: int, remat: bool) -> Sums:
+        """The seconds of stages that are replicated `outer` times on outer levels."""
+        key = outer if self.costs.cost.num_microbatches else 1, remat
+        if key not in self._stage_sums:
+            self._stage_sums[key] = part_sums(self.costs, 0, key[0], remat)
+        return self._stage_sums[key]
 
     def fitting(
         self, limit_bytes: float, warm_up: np.ndarray, stop: np.ndarray, remat: bool
@@ -69,29 +77,6 @@ class Tables:
         return first_true(
             lambda first: costs.bytes_but_input(first, stop, each, remat) <= limit_bytes, stop
         )
-
-
-def quick_enough(
-    costs: Costs,
-    replicas: np.ndarray,
-    outer: int,
-    stop: np.ndarray,
-    limit_s: float | np.ndarray,
-    remat: bool,
-) -> np.ndarray:
-    """The first layers from which stages are quick enough; all arrays of one shape.
-
-    Args:
-        costs: the layers and the workers.
-        replicas: workers of each stage on the innermost level.
-        outer: how often these are replicated on outer levels.
-        stop: the layer after the last of each stage.
-        limit_s: seconds for each microbatch.
-        remat: whether the stages repeat their forward pass.
-    """
-    return first_true(
-        lambda first: costs.stage_s(first, stop, replicas, outer, remat) <= limit_s, stop
-    )
 
 
 def _burden_rank(costs: Costs) -> np.ndarray:
