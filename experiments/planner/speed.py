@@ -8,9 +8,9 @@ memory that binds: 0.7 of what the best plan without a limit would need on its w
 (more, in steps, where nothing fits). Times are of `plan_pipeline`, with the other ways to train
 that it reports beside the plan. Prints a table in Markdown and draws speed.png.
 
-With `--quick`, one model of each of the cases that have a goal, beside the goal, in less than a
-minute on a calm machine, in both forms: with the all-reduce added, which is the default, and with
-it overlapped. Seconds there are of the processor, which other work on the machine disturbs less.
+With `--quick`, one model of each of the cases that have a goal, beside the goal, in both forms:
+with the all-reduce added, which is the default, and with it overlapped. Seconds there are of the
+processor, which other work on the machine disturbs less.
 """
 
 from __future__ import annotations

@@ -257,9 +257,7 @@ class Reach:
             low[parts] = np.where(good, low[parts, None], at + 1).max(axis=1)
             improve(parts)
 
-    def _inside_s(
-        self, level: int, m: Any, first: Any, stop: Any, limit_s: Any, outer: int
-    ) -> Any:
+    def _inside_s(self, level: int, m: Any, first: Any, stop: Any, limit_s: Any, outer: int) -> Any:
         """Seconds that pipelines inside m units may take; numbers or arrays."""
         if self.costs.cost.overlap:
             return limit_s * m
