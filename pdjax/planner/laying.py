@@ -106,6 +106,7 @@ class Laying:
         self._trail = Trail()
         counts = [level.num_units for level in self.costs.topology.levels]
         self._unit_size = [math.prod(counts[:level]) for level in range(len(counts))]
+        self._num_stages = wish.num_stages or 0
         self._exactly = wish.num_stages is not None and wish.counting != "at_most"
         # Where all workers are alike, those that a plan does not need may as well be the first.
         self._leaves_idle = len(set(self.costs.topology.memory_bytes)) > 1
@@ -196,7 +197,7 @@ class Laying:
 
     def _hopeful(self, rows: Rows, most: int) -> Rows:
         """The rows that can still get the wanted number of stages, by at most so many more."""
-        left = self.wish.num_stages - rows[:, COUNT]
+        left = self._num_stages - rows[:, COUNT]
         if not self._exactly:
             return rows[(left > 0) | ((left == 0) & (rows[:, FIRST] == 0))]
         able = (left >= 0) & (left <= most)
@@ -309,7 +310,7 @@ class Laying:
         origin, m = ready[:, ORIGIN, None], np.array(replicas)
         least = frame.at_least[origin]
         if self._exactly:  # as many layers are left as stages
-            left = self.wish.num_stages - ready[:, COUNT, None] - 1
+            left = self._num_stages - ready[:, COUNT, None] - 1
             least = np.maximum(least, self.tables.nth_cut(left))
         ways = self._ways()
         in_time = {
