@@ -65,9 +65,13 @@ class CostForm:
             outer_replicas: how often all these units are replicated on outer levels.
         """
         m = num_replicas
-        factor = {"ring": 2 * (m - 1) / m, "paper": 2 * (m - 1), "original": 4 * (m - 1) / m}
-        rounds = np.maximum(1.0, (self.num_microbatches or 0) / (m * outer_replicas))
-        return factor[self.sync] / bandwidth_bytes_per_s / rounds
+        factor = {"ring": 2, "paper": 2, "original": 4}[self.sync] * (m - 1)
+        if self.sync != "paper":
+            factor = factor / m
+        each = factor / bandwidth_bytes_per_s
+        if self.num_microbatches is None:
+            return each
+        return each / np.maximum(1.0, self.num_microbatches / (m * outer_replicas))
 
     def stage_s(self, inner_s: Any, sync_s: Any, num_replicas: Any) -> Any:
         """Seconds for each microbatch of what takes `inner_s` on one of its replicas; or arrays."""

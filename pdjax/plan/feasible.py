@@ -13,13 +13,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
 from pdjax.plan.cost_model import Part
 from pdjax.plan.feasible_stages import StageLaying, num_levels
-from pdjax.plan.lookup import Tables, every_first, first_true, quick_enough
+from pdjax.plan.lookup import Tables, every_first, first_true
 from pdjax.plan.pareto import (
     COUNT,
     DEMAND,
@@ -36,6 +36,7 @@ from pdjax.plan.pareto import (
     worth_keeping,
 )
 
+_GENEROUS = 1 + 1e-9  # times a time limit, so that no bound is too strict by rounding
 _WIDEST = np.finfo(float).max  # below the infinite width of a cut that is not allowed
 
 
@@ -45,13 +46,17 @@ class Wish:
 
     Attributes:
         straight: whether to replicate nothing.
-        num_stages: exactly how many stages; None for any number.
+        num_stages: how many stages; None for any number.
+        counting: ``"exact"``: exactly as many, and nothing is missed; ``"likely"``: exactly as
+            many, but only of partial plans of equally many stages the farthest are gone on with,
+            so that a plan may be missed; ``"at_most"``: as many or fewer, and nothing is missed.
         charges_memory: whether the plan must fit.
         extra_bytes: how much larger every memory is taken to be.
     """
 
     straight: bool = False
     num_stages: int | None = None
+    counting: Literal["exact", "likely", "at_most"] = "exact"
     charges_memory: bool = True
     extra_bytes: float = 0.0
 
@@ -64,9 +69,11 @@ class _Frame:
         level: of its units.
         outer: how many replicas the whole pipeline has.
         bases: the first worker of each of these replicas.
-        elsewhere: number of workers on outer levels that are left for what comes before.
+        elsewhere: most stages on the outer units that are left for what comes before.
         limit_s: seconds that it may take: one number, or one for each start.
         at_least: for each start the first layer that it may reach.
+        at_most: for each number of units left, 0 among them, and each start: the last layer from
+            which they reach far enough, by time alone; shape (units + 1, starts).
         widths: for each level from this one on, and each start, the widest cut.
     """
 
@@ -76,6 +83,7 @@ class _Frame:
     elsewhere: int
     limit_s: float | np.ndarray
     at_least: np.ndarray
+    at_most: np.ndarray
     widths: np.ndarray
 
     def limit_of(self, starts: np.ndarray) -> float | np.ndarray:
@@ -96,9 +104,10 @@ class Laying:
         self.tables, self.costs, self.wish = tables, tables.costs, wish
         self._limit_s = limit_s
         self._trail = Trail()
-        self._within: dict[tuple[float, int, bool], np.ndarray] = {}
         counts = [level.num_units for level in self.costs.topology.levels]
         self._unit_size = [math.prod(counts[:level]) for level in range(len(counts))]
+        self._num_stages = wish.num_stages or 0
+        self._exactly = wish.num_stages is not None and wish.counting != "at_most"
         # Where all workers are alike, those that a plan does not need may as well be the first.
         self._leaves_idle = len(set(self.costs.topology.memory_bytes)) > 1
 
@@ -107,14 +116,36 @@ class Laying:
         top = len(self.costs.topology.levels) - 1
         start = make_rows(1, first=self.costs.num_layers, parent=NOTHING, inner=NOTHING)
         widths = self._widths(np.array([self._limit_s]), top, np.empty((0, 1)))
-        frame = _Frame(top, 1, (0,), 0, self._limit_s, np.zeros(1, np.int64), widths)
+        zero = np.zeros(1, np.int64)
+        at_most = self._at_most(top, 1, zero, self._limit_s)
+        if at_most[-1, 0] < self.costs.num_layers:
+            return None
+        frame = _Frame(top, 1, (0,), 0, self._limit_s, zero, at_most, widths)
         for rows in self._pipeline(start, frame):
             done = rows[rows[:, FIRST] == 0]
-            if self.wish.num_stages is not None:
+            if self._exactly:
                 done = done[done[:, COUNT] == self.wish.num_stages]
             if len(done):
                 return self._trail.parts(int(self._trail.add(done[:1])[0]))
         return None
+
+    def _at_most(
+        self, level: int, outer: int, goals: np.ndarray, limit_s: float | np.ndarray
+    ) -> np.ndarray:
+        """The last layers from which 0, 1, … units reach some goals, by time alone.
+
+        Shape (units + 1, goals).
+        """
+        count = self.costs.num_layers
+        if not math.isfinite(self._limit_s):
+            units = self.costs.topology.levels[level].num_units
+            return np.full((units + 1, len(goals)), count)
+        each = np.broadcast_to(np.asarray(limit_s, float), goals.shape) * _GENEROUS
+        pairs, index = np.unique(np.stack([goals, each]), axis=1, return_inverse=True)
+        stop = count - pairs[0].astype(np.int64)
+        outers = np.full(len(stop), outer)
+        ahead = self.tables.ahead(self.wish.straight)
+        return count - ahead.pipelines(level, stop, pairs[1], outers).first[:, index]
 
     def _widths(self, limit_s: np.ndarray, level: int, outer: np.ndarray) -> np.ndarray:
         """The widest cuts of a level, put before those of the outer levels."""
@@ -134,8 +165,7 @@ class Laying:
         kept: list[list[Rows]] = [[] for _ in range(units + 1)]
         kept[0] = [begin]
         for used in range(units + 1):
-            left = (units - used) * self._unit_size[frame.level] * frame.outer
-            rows = self._prune(join(kept[used]), left + frame.elsewhere, frame)
+            rows = self._prune(join(kept[used]), units - used, frame)
             laid = rows[:, FIRST] < starts[rows[:, ORIGIN], FIRST]
             if laid.any():
                 yield rows[laid]
@@ -154,18 +184,26 @@ class Laying:
             for m, more in self._parts(ready, numbers, used, frame):
                 kept[used + m].append(more)
 
-    def _prune(self, rows: Rows, num_workers: int, frame: _Frame) -> Rows:
-        """The rows worth going on with, on `num_workers` that are left."""
-        if math.isfinite(self._limit_s):  # what is left to do must fit into the time of those
-            most_s = self._limit_s * num_workers * (1 + 1e-9)
-            rows = rows[self.costs.compute_s[rows[:, FIRST]] <= most_s]
-        if self.wish.num_stages is None:
-            burden = self.tables.burden_rank[rows[:, FIRST]] * self.wish.charges_memory
-            widths = frame.widths[:, rows[:, ORIGIN]]
-            return worth_keeping(rows, burden, num_levels(self.costs, rows[:, FIRST], widths))
-        left = self.wish.num_stages - rows[:, COUNT]
-        hopeful = np.where(left == 0, rows[:, FIRST] == 0, rows[:, FIRST] >= left)
-        return one_of_each(rows[hopeful & (left >= 0)])
+    def _prune(self, rows: Rows, left: int, frame: _Frame) -> Rows:
+        """The rows worth going on with, on `left` more units."""
+        rows = rows[rows[:, FIRST] <= frame.at_most[left, rows[:, ORIGIN]]]
+        if self.wish.num_stages is not None:
+            rows = self._hopeful(rows, left * self._unit_size[frame.level] + frame.elsewhere)
+            if self.wish.counting == "exact":
+                return one_of_each(rows)
+        burden = self.tables.burden_rank[rows[:, FIRST]] * self.wish.charges_memory
+        levels = num_levels(self.costs, rows[:, FIRST], frame.widths[:, rows[:, ORIGIN]])
+        return worth_keeping(rows, burden, levels, fewer_stages=not self._exactly)
+
+    def _hopeful(self, rows: Rows, most: int) -> Rows:
+        """The rows that can still get the wanted number of stages, by at most so many more."""
+        left = self._num_stages - rows[:, COUNT]
+        if not self._exactly:
+            return rows[(left > 0) | ((left == 0) & (rows[:, FIRST] == 0))]
+        able = (left >= 0) & (left <= most)
+        rows, left = rows[able], left[able]
+        done = (left > 0) | (rows[:, FIRST] == 0)
+        return rows[done & (rows[:, FIRST] >= self.tables.nth_cut(left))]
 
     def _parts(
         self, ready: Rows, numbers: np.ndarray, used: int, frame: _Frame
@@ -177,7 +215,8 @@ class Laying:
             yield from self._stages(ready, numbers, replicas, free, frame)
             return
         for m in replicas:
-            lay = self._nested if self.costs.cost.overlap else self._nested_sum
+            simple = self.costs.cost.overlap or m == 1 or not math.isfinite(self._limit_s)
+            lay = self._nested if simple else self._nested_sum
             for inner, origin in lay(ready, m, free - m, frame):
                 more = make_rows(
                     len(inner),
@@ -194,14 +233,23 @@ class Laying:
                 yield m, more
 
     def _inside(
-        self, m: int, unit: int, frame: _Frame, limit_s: Any, at_least: Any, origin: Any
+        self,
+        m: int,
+        unit: int,
+        frame: _Frame,
+        limit_s: float | np.ndarray,
+        at_least: np.ndarray,
+        at_most: np.ndarray,
+        origin: np.ndarray,
     ) -> _Frame:
         """The frame of a pipeline on the units inside of `m` units of `frame`."""
         each = np.broadcast_to(np.asarray(limit_s, float), (len(origin),))
         widths = self._widths(each, frame.level - 1, frame.widths[:, origin])
         bases = self.costs.units(frame.level, unit, m, frame.bases)
-        left = frame.elsewhere + unit * self._unit_size[frame.level] * frame.outer
-        return _Frame(frame.level - 1, frame.outer * m, bases, left, limit_s, at_least, widths)
+        left = frame.elsewhere + unit * self._unit_size[frame.level]
+        return _Frame(
+            frame.level - 1, frame.outer * m, bases, left, limit_s, at_least, at_most, widths
+        )
 
     def _nested(
         self, ready: Rows, m: int, unit: int, frame: _Frame
@@ -213,7 +261,9 @@ class Laying:
             lambda i: self.costs.sync_s(i, stop, m, frame.level, frame.outer) <= limit_s, stop
         )
         at_least = np.maximum(synced, frame.at_least[origin])
-        inside = self._inside(m, unit, frame, limit_s, at_least, origin)
+        goals = frame.at_most[unit, origin]
+        at_most = self._at_most(frame.level - 1, frame.outer * m, goals, limit_s)
+        inside = self._inside(m, unit, frame, limit_s, at_least, at_most, origin)
         starts = ready.copy()
         starts[:, PARENT] = starts[:, INNER] = NOTHING
         for rows in self._pipeline(starts, inside):
@@ -224,15 +274,27 @@ class Laying:
     ) -> Iterator[tuple[Rows, np.ndarray]]:
         """The same where the all-reduce is added: how much is left depends on where it begins.
 
-        So every first layer is tried, with the time that its parameters leave.
+        So every first layer is tried that time allows, with the time that its parameters leave.
         """
-        index, first = every_first(frame.at_least[ready[:, ORIGIN]], ready[:, FIRST])
+        most = np.minimum(frame.at_most[unit, ready[:, ORIGIN]] + 1, ready[:, FIRST])
+        if self.wish.num_stages is not None:  # no stage is left for what would come before
+            most = np.where(ready[:, COUNT] + 1 < self.wish.num_stages, most, np.minimum(most, 1))
+        index, first = every_first(frame.at_least[ready[:, ORIGIN]], most)
         origin, stop = ready[index, ORIGIN], ready[index, FIRST]
         sync = self.costs.sync_s(first, stop, m, frame.level, frame.outer)
         left = frame.limit_of(origin) * m - sync
         able = left >= 0
-        index, first, origin, left = index[able], first[able], origin[able], left[able]
-        inside = self._inside(m, unit, frame, left, first, origin)
+        index, first, origin, stop, left = (x[able] for x in (index, first, origin, stop, left))
+        at_most = self._at_most(frame.level - 1, frame.outer * m, first, left)
+        able = stop <= at_most[-1]
+        index, first, origin, left, at_most = (
+            index[able],
+            first[able],
+            origin[able],
+            left[able],
+            at_most[:, able],
+        )
+        inside = self._inside(m, unit, frame, left, first, at_most, origin)
         starts = ready[index]
         starts[:, PARENT] = starts[:, INNER] = NOTHING
         for rows in self._pipeline(starts, inside):
@@ -245,20 +307,30 @@ class Laying:
         self, ready: Rows, numbers: np.ndarray, replicas: range, free: int, frame: _Frame
     ) -> Iterator[tuple[int, Rows]]:
         """One stage more before each row, for all numbers of units at once."""
-        row = np.repeat(np.arange(len(ready)), len(replicas))
-        m = np.tile(np.array(replicas), len(ready))
+        origin, m = ready[:, ORIGIN, None], np.array(replicas)
+        least = frame.at_least[origin]
+        if self._exactly:  # as many layers are left as stages
+            left = self._num_stages - ready[:, COUNT, None] - 1
+            least = np.maximum(least, self.tables.nth_cut(left))
+        ways = self._ways()
+        in_time = {
+            again: np.maximum(self._in_time(replicas, ready, frame, again), least) for again in ways
+        }
+        # Only the stages that leave no more than the units that are left can do.
+        able = np.minimum.reduce(list(in_time.values())) <= frame.at_most[free - m, origin]
+        row, column = np.nonzero(able)
+        m = m[column]
         limits = np.array([self._limit_bytes(each, free, frame) for each in replicas])
         stages = StageLaying(
             self.tables,
             ready[row],
             replicas=m * frame.outer,
-            limit_bytes=limits[m - replicas[0]] if self.wish.charges_memory else None,
+            limit_bytes=limits[column] if self.wish.charges_memory else None,
             widths=frame.widths[:, ready[row, ORIGIN]],
-            first_in_time=lambda remat: np.maximum(
-                self._in_time(m, ready[row], frame, remat), frame.at_least[ready[row, ORIGIN]]
-            ),
+            in_time={again: first[row, column] for again, first in in_time.items()},
         )
-        found = stages.narrowing() if self.wish.num_stages is None else stages.everywhere()
+        exact = self.wish.num_stages is not None and self.wish.counting == "exact"
+        found = stages.everywhere() if exact else stages.narrowing()
         index, first, remat = (np.concatenate(column) for column in zip(*found, strict=True))
         order = np.argsort(m[index], kind="stable")
         index, first, remat = index[order], first[order], remat[order]
@@ -284,17 +356,16 @@ class Laying:
         workers = self.costs.units(0, free - m, m, frame.bases)
         return self.costs.limit_bytes(workers) + self.wish.extra_bytes
 
-    def _in_time(self, m: np.ndarray, rows: Rows, frame: _Frame, remat: bool) -> np.ndarray:
-        """For each row the first layer from which a stage on `m` workers is quick enough."""
+    def _ways(self) -> tuple[bool, ...]:
+        """Whether forward passes may be repeated."""
+        remat = self.costs.memory.remat
+        if remat == "auto":
+            return (False, True) if self.wish.charges_memory else (False,)
+        return (remat == "full",)
+
+    def _in_time(self, replicas: range, rows: Rows, frame: _Frame, remat: bool) -> np.ndarray:
+        """The first layers from which stages are quick enough; shape (rows, replicas)."""
+        sums = self.tables.stage_sums(frame.outer, remat)
         limit_s, stop = frame.limit_of(rows[:, ORIGIN]), rows[:, FIRST]
-        if isinstance(limit_s, np.ndarray):
-            return quick_enough(self.costs, m, frame.outer, stop, limit_s, remat)
-        key = limit_s, frame.outer, remat
-        if key not in self._within:
-            units = self.costs.topology.levels[0].num_units
-            shape = units, self.costs.num_layers + 1
-            each, every = np.indices(shape)
-            self._within[key] = quick_enough(
-                self.costs, each + 1, frame.outer, every, limit_s, remat
-            )
-        return self._within[key][m - 1, stop]
+        found = [np.minimum(sums.first(m, stop, limit_s * m), stop) for m in replicas]
+        return np.stack(found, axis=1)

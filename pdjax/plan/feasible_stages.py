@@ -5,7 +5,7 @@ Nothing here imports JAX.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -38,8 +38,8 @@ class StageLaying:
         replicas: for each row the number of workers of the new stage.
         limit_bytes: for each row the memory of these; None if memory is not charged.
         widths: for each level and row the widest cut.
-        first_in_time: for each row the first layer from which the stage is quick enough, without
-            and with a repeated forward pass.
+        in_time: for each row the first layer from which the stage is quick enough; for each way,
+            without or with a repeated forward pass, that may be used.
 
     Attributes:
         demand: for each row the microbatches that are then wanted in flight; 0 if memory is not
@@ -54,20 +54,13 @@ class StageLaying:
         replicas: np.ndarray,
         limit_bytes: np.ndarray | None,
         widths: np.ndarray,
-        first_in_time: Callable[[bool], np.ndarray],
+        in_time: dict[bool, np.ndarray],
     ) -> None:
         self.tables, self.costs = tables, tables.costs
         self.stop, self.widths, self.limit_bytes = rows[:, FIRST], widths, limit_bytes
         self.warm_up = -(-rows[:, DEMAND] // replicas)
         self.demand = replicas * (self.warm_up + 1) * (limit_bytes is not None)
-        self.lowest = {again: self._lowest(first_in_time(again), again) for again in self._ways()}
-
-    def _ways(self) -> tuple[bool, ...]:
-        """Whether forward passes may be repeated."""
-        remat = self.costs.memory.remat
-        if remat == "auto":
-            return (False,) if self.limit_bytes is None else (False, True)
-        return (remat == "full",)
+        self.lowest = {again: self._lowest(first, again) for again, first in in_time.items()}
 
     def _lowest(self, in_time: np.ndarray, remat: bool) -> np.ndarray:
         """For each row a first layer before which the stage cannot begin."""

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import numpy as np
 
 from pdjax.plan.cost_model import BUFFERS, Costs
+from pdjax.plan.reach import Reach
+from pdjax.plan.sums import Sums, next_narrower, part_sums
 
 
 class Tables:
@@ -27,8 +29,30 @@ class Tables:
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
         self.burden_rank = _burden_rank(costs)
-        self.narrower = _next_narrower(costs.width_bytes)
+        self.narrower = next_narrower(costs.width_bytes)
         self._fitting: dict[tuple[float, bool], np.ndarray] = {}
+        self._ahead: dict[bool, Reach] = {}
+        self._stage_sums: dict[tuple[int, bool], Sums] = {}
+        inside = np.arange(1, costs.num_layers)
+        self._cuts = np.concatenate([[0], inside[np.isfinite(costs.width_bytes[1:-1])]])
+
+    def nth_cut(self, number: np.ndarray) -> np.ndarray:
+        """The first layers that so many stages can end before; the last layer's if none."""
+        found = self._cuts[np.clip(number, 0, len(self._cuts) - 1)]
+        return np.where(number < len(self._cuts), found, self.costs.num_layers)
+
+    def ahead(self, straight: bool) -> Reach:
+        """How far pipelines that begin with the first layer reach, in mirrored layers."""
+        if straight not in self._ahead:
+            self._ahead[straight] = Reach(self.costs, straight=straight, mirrored=True)
+        return self._ahead[straight]
+
+    def stage_sums(self, outer: int, remat: bool) -> Sums:
+        """The seconds of stages that are replicated `outer` times on outer levels."""
+        key = outer if self.costs.cost.num_microbatches else 1, remat
+        if key not in self._stage_sums:
+            self._stage_sums[key] = part_sums(self.costs, 0, key[0], remat)
+        return self._stage_sums[key]
 
     def fitting(
         self, limit_bytes: float, warm_up: np.ndarray, stop: np.ndarray, remat: bool
@@ -53,29 +77,6 @@ class Tables:
         return first_true(
             lambda first: costs.bytes_but_input(first, stop, each, remat) <= limit_bytes, stop
         )
-
-
-def quick_enough(
-    costs: Costs,
-    replicas: np.ndarray,
-    outer: int,
-    stop: np.ndarray,
-    limit_s: float | np.ndarray,
-    remat: bool,
-) -> np.ndarray:
-    """The first layers from which stages are quick enough; all arrays of one shape.
-
-    Args:
-        costs: the layers and the workers.
-        replicas: workers of each stage on the innermost level.
-        outer: how often these are replicated on outer levels.
-        stop: the layer after the last of each stage.
-        limit_s: seconds for each microbatch.
-        remat: whether the stages repeat their forward pass.
-    """
-    return first_true(
-        lambda first: costs.stage_s(first, stop, replicas, outer, remat) <= limit_s, stop
-    )
 
 
 def _burden_rank(costs: Costs) -> np.ndarray:
@@ -107,15 +108,3 @@ def every_first(lowest: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.nd
     index = np.repeat(np.arange(len(stop)), counts)
     begin = np.cumsum(counts) - counts
     return index, lowest[index] + np.arange(counts.sum()) - begin[index]
-
-
-def _next_narrower(width: np.ndarray) -> np.ndarray:
-    """For each layer the next one with a narrower cut before it; the end if there is none."""
-    count = len(width)
-    following = np.full(count, count - 1)
-    waiting: list[int] = []
-    for at in range(count):
-        while waiting and width[at] < width[waiting[-1]]:
-            following[waiting.pop()] = at
-        waiting.append(at)
-    return following

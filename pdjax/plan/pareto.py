@@ -78,31 +78,55 @@ class Trail:
         return tuple(found)
 
 
-def worth_keeping(rows: Rows, burden: np.ndarray, levels: np.ndarray) -> Rows:
+def worth_keeping(
+    rows: Rows, burden: np.ndarray, levels: np.ndarray, *, fewer_stages: bool = True
+) -> Rows:
     """Without the rows that another one of the same origin is at least as good as.
 
     Args:
         rows: the table.
         burden: for each row what it leaves to be kept in memory, as a rank from 0 on.
         levels: for each row the number of levels on which its cut is allowed.
+        fewer_stages: whether a row with fewer stages may beat one with more; otherwise only rows
+            with equally many compete.
     """
     if len(rows) <= 1:
         return rows
-    order = np.lexsort((burden, -levels, rows[:, DEMAND], rows[:, FIRST], rows[:, ORIGIN]))
-    rows, burden, levels = rows[order], burden[order], levels[order]
-    demand = rows[:, DEMAND]
+    counts = rows[:, COUNT]
+    group = rows[:, ORIGIN] * 1
+    if not fewer_stages:
+        group = group * (int(counts.max()) + 1) + counts
+    counts = counts * fewer_stages
+    order = np.lexsort((burden, -levels, rows[:, DEMAND], counts, rows[:, FIRST], group))
+    order = _drop_neighbours(order, group, rows[:, DEMAND], burden, -levels, counts)
+    rows, burden, levels, group = rows[order], burden[order], levels[order], group[order]
+    counts, demand = counts[order], rows[:, DEMAND]
+    # Every group gets a range of numbers of its own, later ones lower ones, so that one running
+    # minimum over all rows begins anew with each group.
     most = int(burden.max()) + 1
-    # Every origin gets a range of numbers of its own, later ones lower ones, so that one running
-    # minimum over all rows begins anew with each origin.
-    base = (rows[-1, ORIGIN] - rows[:, ORIGIN]) * (most + 1)
+    base = (group[-1] - group) * (most + 1)
+    kind = (demand * (int(levels.max()) + 1) + levels) * (int(counts.max()) + 1) + counts
     kept = np.ones(len(rows), bool)
-    for count in np.unique(levels):
-        for value in np.unique(demand):
-            rivals = (demand <= value) & (levels >= count)
-            lightest = np.minimum.accumulate(np.where(rivals, burden, most) + base)
-            beaten = lightest[:-1] <= burden[1:] + base[1:]
-            kept[1:] &= ~(beaten & (demand[1:] == value) & (levels[1:] == count))
+    for at in np.unique(kind, return_index=True)[1]:
+        rivals = (demand <= demand[at]) & (levels >= levels[at]) & (counts <= counts[at])
+        lightest = np.minimum.accumulate(np.where(rivals, burden, most) + base)
+        beaten = lightest[:-1] <= burden[1:] + base[1:]
+        kept[1:] &= ~(beaten & (kind[1:] == kind[at]))
     return rows[kept]
+
+
+def _drop_neighbours(order: np.ndarray, group: np.ndarray, *columns: np.ndarray) -> np.ndarray:
+    """The order without most rows that one a little before is at least as good as.
+
+    This is quick, and leaves little to be compared in full.
+    """
+    for step in (1, 2, 3, 1):
+        early, late = order[:-step], order[step:]
+        beaten = group[early] == group[late]
+        for column in columns:
+            beaten &= column[early] <= column[late]
+        order = np.concatenate([order[:step], late[~beaten]])
+    return order
 
 
 def one_of_each(rows: Rows) -> Rows:

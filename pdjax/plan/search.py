@@ -12,16 +12,23 @@ Nothing here imports JAX.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from pdjax.plan.cost_model import Costs, Part
 from pdjax.plan.feasible import Laying, Wish
 from pdjax.plan.lookup import Tables
+from pdjax.plan.reach import Reach
 from pdjax.plan.refine_cuts import narrowed
 
 _EXACT = 1e-12  # a plan counts as faster if its time is less by more than this share
 _CLOSE = 1e-9  # how closely the best time is closed in
 _FACTORS = (1 + _CLOSE, 1.02, 1.1, 1.3, 2.0, 4.0, 16.0, 256.0)  # of the least time
+_LONG = 1.2  # a factor above which it is first seen if any time is long enough
+
+
+Find = Callable[[float], tuple[Part, ...] | None]
+"""Looks for a plan that takes at most some seconds."""
 
 
 def fastest(
@@ -35,18 +42,56 @@ def fastest(
         num_stages: exactly how many stages; any number if None.
     """
     tables = Tables(costs)
-    wish = Wish(straight, charges_memory=False)
+    reach = Reach(costs, straight=straight)
     least_s = float(costs.compute_s[-1]) / costs.topology.num_workers
-    best = _bisect(tables, wish, least_s)
+    best = _bisect(costs, reach.plan, least_s)
+    wish = Wish(straight, charges_memory=False)
     if num_stages is not None and best is not None:
         wish = replace(wish, num_stages=num_stages)
-        best = _bisect(tables, wish, costs.plan_s(best))
+        best = _fastest_of(tables, wish, costs.plan_s(best))
     if best is not None and costs.excess_bytes(best) > 0:
-        best = _bisect(tables, replace(wish, charges_memory=True), costs.plan_s(best))
+        wish = replace(wish, charges_memory=True)
+        best = _fastest_of(tables, wish, costs.plan_s(best))
     if best is None:
         return None
     best = _sending_least(tables, wish, best)
     return _plain(costs, _from_first_unit(costs, narrowed(costs, best)))
+
+
+def _fastest_of(tables: Tables, wish: Wish, known_s: float) -> tuple[Part, ...] | None:
+    """The fastest plan as wished; nothing takes less than `known_s`.
+
+    With a number of stages, one is first looked for among the likely plans, and then it is proved
+    that none is faster: mostly because none of as many or fewer stages is.
+    """
+    costs = tables.costs
+    if wish.num_stages is None:
+        return _bisect(costs, lambda s: Laying(tables, s, wish).run(), known_s)
+    if wish.charges_memory:
+        any_number = replace(wish, num_stages=None)
+        free = _bisect(costs, lambda s: Laying(tables, s, any_number).run(), known_s)
+        if free is None:
+            return None
+        known_s = max(known_s, costs.plan_s(free))
+    likely = replace(wish, counting="likely")
+    best = _bisect(costs, lambda s: Laying(tables, s, likely).run(), known_s)
+    return _bisect(costs, lambda s: _exactly(tables, s, wish), known_s, best)
+
+
+def _lay(tables: Tables, limit_s: float, wish: Wish) -> tuple[Part, ...] | None:
+    """A plan as wished that takes at most `limit_s`; None if there is none."""
+    if wish.num_stages is None:
+        return Laying(tables, limit_s, wish).run()
+    found = Laying(tables, limit_s, replace(wish, counting="likely")).run()
+    return found or _exactly(tables, limit_s, wish)
+
+
+def _exactly(tables: Tables, limit_s: float, wish: Wish) -> tuple[Part, ...] | None:
+    """The same, with the search over all partial plans only if one of fewer stages exists."""
+    found = Laying(tables, limit_s, replace(wish, counting="at_most")).run()
+    if found is None or len(tables.costs.stages(found)) == wish.num_stages:
+        return found
+    return Laying(tables, limit_s, wish).run()
 
 
 def _sending_least(tables: Tables, wish: Wish, best: tuple[Part, ...]) -> tuple[Part, ...]:
@@ -57,17 +102,28 @@ def _sending_least(tables: Tables, wish: Wish, best: tuple[Part, ...]) -> tuple[
     """
     costs = tables.costs
     limit_s = costs.plan_s(best) * (1 + _CLOSE)
-    wish = replace(wish, charges_memory=True)
-    others = [replace(wish, straight=True), replace(wish, num_stages=wish.num_stages or 1)]
-    laid = (Laying(tables, limit_s, other).run() for other in others)
-    found = [best, *(parts for parts in laid if parts is not None)]
-    return min(found, key=lambda parts: sum(map(costs.wire_bytes, costs.stages(parts))))
+    wish = replace(wish, charges_memory=bool(costs.topology.memory_bytes), counting="likely")
+    found = [best, _straight(tables, limit_s, wish)]
+    if wish.num_stages is None:
+        found.append(Laying(tables, limit_s, replace(wish, num_stages=1)).run())
+    return min(
+        (parts for parts in found if parts is not None),
+        key=lambda parts: sum(map(costs.wire_bytes, costs.stages(parts))),
+    )
+
+
+def _straight(tables: Tables, limit_s: float, wish: Wish) -> tuple[Part, ...] | None:
+    """A straight plan that takes at most `limit_s` and fits."""
+    found = Reach(tables.costs, straight=True).plan(limit_s)
+    if found is None or (wish.num_stages is None and tables.costs.excess_bytes(found) == 0):
+        return found
+    return Laying(tables, limit_s, replace(wish, straight=True)).run()
 
 
 def fits(costs: Costs, *, straight: bool = False, num_stages: int | None = None) -> bool:
     """Whether some plan fits, whatever time it takes; arguments as in `fastest`."""
     wish = Wish(straight, num_stages)
-    return Laying(Tables(costs), float("inf"), wish).run() is not None
+    return _lay(Tables(costs), float("inf"), wish) is not None
 
 
 def least_excess(
@@ -76,15 +132,13 @@ def least_excess(
     """The plan that comes nearest to fitting, whatever time it takes; None if there is no plan."""
     tables = Tables(costs)
     wish = Wish(straight, num_stages, charges_memory=False)
-    best = Laying(tables, float("inf"), wish).run()
+    best = _lay(tables, float("inf"), wish)
     if best is None:
         return None
     low, high = 0.0, costs.excess_bytes(best)
     while high - low > 0.5 and high - low > 1e-9 * high:
         middle = (low + high) / 2
-        found = Laying(
-            tables, float("inf"), replace(wish, charges_memory=True, extra_bytes=middle)
-        ).run()
+        found = _lay(tables, float("inf"), replace(wish, charges_memory=True, extra_bytes=middle))
         if found is None:
             low = middle
         else:
@@ -92,19 +146,30 @@ def least_excess(
     return _from_first_unit(costs, best)
 
 
-def _bisect(tables: Tables, wish: Wish, known_s: float) -> tuple[Part, ...] | None:
-    """The plan with the smallest time; nothing takes less than `known_s`."""
-    costs = tables.costs
-    low, best = _bracket(tables, wish, known_s)
+def _bisect(
+    costs: Costs, find: Find, known_s: float, best: tuple[Part, ...] | None = None
+) -> tuple[Part, ...] | None:
+    """The plan with the smallest time; nothing takes less than `known_s`.
+
+    Args:
+        costs: the layers and the workers.
+        find: a plan that takes at most some seconds, give or take rounding.
+        known_s: seconds.
+        best: a plan that is known; if given, it is first seen whether any is faster.
+    """
+    low, rounds = known_s, 3
+    if best is None:
+        rounds = 0
+        low, best = _bracket(find, known_s)
     if best is None:
         return None
-    high, rounds = costs.plan_s(best), 0
+    high = costs.plan_s(best)
     while low < high * (1 - _EXACT) and high - low > high * _CLOSE:
         rounds += 1
         # Once in a while, look if anything at all is faster: mostly this ends the search early.
         middle = high * (1 - _EXACT) if rounds % 4 == 0 else (low + high) / 2
-        found = Laying(tables, middle, wish).run()
-        if found is not None:
+        found = find(middle)
+        if found is not None and costs.plan_s(found) < high:
             best, high = found, costs.plan_s(found)
         elif rounds % 4 == 0:
             break
@@ -113,19 +178,23 @@ def _bisect(tables: Tables, wish: Wish, known_s: float) -> tuple[Part, ...] | No
     return best
 
 
-def _bracket(tables: Tables, wish: Wish, known_s: float) -> tuple[float, tuple[Part, ...] | None]:
+def _bracket(find: Find, known_s: float) -> tuple[float, tuple[Part, ...] | None]:
     """A time that is too short for any plan, and a plan that does not take much longer.
 
     Plans are mostly tight: it is tried a little above `known_s` first, as the more time there is,
-    the more there is to be looked at.
+    the more there is to be looked at. Before long times are tried, it is seen if any will do.
     """
-    low = known_s
+    low, endless = known_s, None
     for factor in _FACTORS if known_s > 0 else ():
-        found = Laying(tables, known_s * factor, wish).run()
+        if factor > _LONG and endless is None:
+            endless = find(float("inf"))
+            if endless is None:
+                break
+        found = find(known_s * factor)
         if found is not None:
             return low, found
         low = known_s * factor
-    return low, Laying(tables, float("inf"), wish).run()
+    return low, endless if known_s > 0 else find(float("inf"))
 
 
 def _plain(costs: Costs, parts: tuple[Part, ...]) -> tuple[Part, ...]:

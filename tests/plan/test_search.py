@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdjax.plan import cost_model, lookup
+from pdjax.plan import cost_model, feasible, lookup
 from pdjax.plan.cost_model import CostForm, Costs, MemoryForm, Part
 from pdjax.plan.pareto import PARENT, make_rows, worth_keeping
 from pdjax.plan.search import fastest
-from pdjax.profile.profile import LayerProfile, Profile
-from pdjax.topology.topology import Level, Topology
+from pdjax.profile import LayerProfile, Profile
+from pdjax.topology import Level, Topology
 
 
 def every_plan(
@@ -246,3 +246,44 @@ def test_what_is_worth_keeping(table):
         return one != other and one[0] == other[0] and no_worse and one[4] >= other[4]
 
     assert kept == {row for row in every if not any(beats(other, row) for other in every)}
+
+
+def drifting_layers(count):
+    """Work, cuts, weights and stash that vary, and no two cuts equally wide."""
+    rng = np.random.default_rng(0)
+    sizes = rng.lognormal(0.0, 0.8, (4, count)) * np.array([[0.5], [2e8], [1e9], [1e9]])
+    sizes /= np.array([[count], [1], [count], [count]])
+    rows = enumerate(sizes.T.tolist())
+    return tuple(LayerProfile(f"{i}", s / 3, 2 * s / 3, w, p, b) for i, (s, w, p, b) in rows)
+
+
+@pytest.mark.parametrize(("share", "num_stages"), [(None, None), (0.7, None), (None, 5)])
+def test_few_partial_plans_are_looked_at(monkeypatch, share, num_stages):
+    """All-reduces are added: each first layer of a replicated part leaves it another time.
+
+    Trying all of them, without a bound on what is left to be done, looked at 50,000 and more.
+    """
+    levels = (Level(4, 1e10), Level(4, 1.25e9))
+    cost = CostForm(overlap=False)
+    costs = Costs(Profile(drifting_layers(120)), Topology(levels), cost, MemoryForm())
+    if share is not None:
+        free = fastest(costs)
+        assert free is not None
+        size = int(share * max(map(costs.stage_bytes, costs.stages(free))))
+        costs = costs.changed(topology=Topology(levels, (size,) * 16))
+    looked_at = 0
+    worth_keeping, one_of_each = feasible.worth_keeping, feasible.one_of_each
+
+    def counted(keep):
+        def count_rows(rows, *args, **options):
+            nonlocal looked_at
+            looked_at += len(rows)
+            return keep(rows, *args, **options)
+
+        return count_rows
+
+    monkeypatch.setattr(feasible, "worth_keeping", counted(worth_keeping))
+    monkeypatch.setattr(feasible, "one_of_each", counted(one_of_each))
+    best = fastest(costs, num_stages=num_stages)
+    assert best is not None
+    assert looked_at <= 1000
