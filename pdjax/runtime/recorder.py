@@ -13,16 +13,16 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
-from typing import Any, cast
+from typing import Any
 
 import jax
 
 from pdjax.distributed import Peers
 from pdjax.runtime.programs import InstructionKind
 from pdjax.runtime.replica_map import Places
-from pdjax.schedules import Action, Schedule
-from pdjax.schedules.schedule import ActionKind, inputs_of
-from pdjax.timeline.timeline import Span, Timeline
+from pdjax.schedules import Schedule
+from pdjax.schedules.action import KINDS, Result
+from pdjax.timeline.timeline import Span, Timeline, actions_of
 
 
 @dataclass
@@ -37,8 +37,8 @@ class Event:
     done_s: float = 0.0
 
 
-Ends = dict[tuple[str, int, int], float]
-"""When programs ended, by kind, stage and microbatch."""
+Ends = dict[tuple[Result, int, int], float]
+"""When results were ready, by result, stage and microbatch."""
 
 
 class Recorder:
@@ -102,11 +102,11 @@ def gather(peers: Peers, events: Sequence[Event]) -> list[Event]:
 def timeline_of(schedule: Schedule, events: Sequence[Event]) -> Timeline:
     """When each program could start, and when it ended; microbatches are counted from the first."""
     first = min((event.microbatch for event in events), default=0)
-    ends = {(e.kind, e.stage, e.microbatch): e.done_s for e in events}
+    ends = _find_ends(events)
     free_at = [0.0] * len(schedule.workers)
     spans = []
     for event in events:
-        worker, inputs = event.worker, _inputs_ready(schedule, event, ends)
+        worker, inputs = event.worker, _inputs_ready(event, ends)
         start = min(max(free_at[worker], inputs, event.dispatched_s), event.done_s)
         free_at[worker] = event.done_s
         number = event.microbatch - first
@@ -114,15 +114,21 @@ def timeline_of(schedule: Schedule, events: Sequence[Event]) -> Timeline:
     return Timeline.of(f"{schedule.name}, measured", len(schedule.workers), spans)
 
 
-def _inputs_ready(schedule: Schedule, event: Event, ends: Ends) -> float:
-    kind = cast(ActionKind, event.kind[0])
-    needs = inputs_of(Action(kind, event.stage, event.microbatch), schedule.num_stages)
-    return max((_end_of(need, ends) for need in needs), default=0.0)
+def _find_ends(events: Sequence[Event]) -> Ends:
+    ends: Ends = {}
+    for event in events:
+        for letter in actions_of(event.kind):
+            for result in KINDS[letter].makes:
+                key = result, event.stage, event.microbatch
+                ends[key] = max(ends.get(key, 0.0), event.done_s)
+    return ends
 
 
-def _end_of(action: Action, ends: Ends) -> float:
-    kinds = ("B", "I", "FB", "FBU") if action.kind == "B" else (action.kind, "FB", "FBU")
-    return max(ends.get((kind, action.stage, action.microbatch), 0.0) for kind in kinds)
+def _inputs_ready(event: Event, ends: Ends) -> float:
+    """When the results that the first action of a program needs were ready."""
+    needs = KINDS[actions_of(event.kind)[0]].needs
+    keys = ((need.result, event.stage + need.step, event.microbatch) for need in needs)
+    return max((ends.get(key, 0.0) for key in keys), default=0.0)
 
 
 def _lasting(kind: InstructionKind, made: Any) -> Any:

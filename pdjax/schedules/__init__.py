@@ -11,6 +11,8 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pdjax.schedules.action import Action as Action
+from pdjax.schedules.action import ScheduleError as ScheduleError
 from pdjax.schedules.building import warm_ups as warm_ups
 from pdjax.schedules.dispatch import dispatch_order as dispatch_order
 from pdjax.schedules.forward_only import forward_only as forward_only
@@ -20,9 +22,7 @@ from pdjax.schedules.model_parallel import model_parallel as model_parallel
 from pdjax.schedules.one_f_one_b import one_f_one_b as one_f_one_b
 from pdjax.schedules.pipedream import pipedream as pipedream
 from pdjax.schedules.pipedream_2bw import pipedream_2bw as pipedream_2bw
-from pdjax.schedules.schedule import Action as Action
 from pdjax.schedules.schedule import Schedule as Schedule
-from pdjax.schedules.schedule import ScheduleError as ScheduleError
 from pdjax.schedules.validate import validate as validate
 from pdjax.schedules.weight_rule import DOUBLE_BUFFER, LATEST, STASH, VERTICAL_SYNC, WeightRule
 from pdjax.schedules.zero_bubble_h1 import zero_bubble_h1 as zero_bubble_h1

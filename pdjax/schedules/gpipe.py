@@ -1,6 +1,7 @@
 """GPipe: all forward passes, then all backward passes."""
 
-from pdjax.schedules.schedule import Action, Schedule
+from pdjax.schedules.action import Action
+from pdjax.schedules.schedule import Schedule
 
 
 def gpipe(num_stages: int, num_microbatches: int) -> Schedule:

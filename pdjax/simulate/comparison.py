@@ -15,7 +15,7 @@ from pdjax.schedules import ALGORITHMS, Schedule
 from pdjax.simulate.candidates import Candidate, Candidates
 from pdjax.simulate.memory import peak_bytes
 from pdjax.simulate.steady_state import staleness, steady_s
-from pdjax.simulate.task_graph import LaidOut
+from pdjax.simulate.task_graph import TaskGraph
 from pdjax.topology.topology import Topology, format_bytes
 
 _CLOSE = 1.01  # times that differ by less are no reason to choose
@@ -149,7 +149,9 @@ def outcome_of(candidate: Candidate, topology: Topology | None) -> Outcome:
     minibatch_s = steady_s(schedule, costs, topology, workers=workers)
     peaks = peak_bytes(schedule, costs, candidate.rule)
     limits = topology.memory_bytes if topology else ()
-    cycle = LaidOut(schedule, schedule.unrolled(schedule.num_minibatches), costs, topology, workers)
+    cycle = TaskGraph(
+        schedule, schedule.unrolled(schedule.num_minibatches), costs, topology, workers
+    )
     busy = cycle.busy_s / schedule.num_minibatches / len(schedule.workers)
     return Outcome(
         name=candidate.name,

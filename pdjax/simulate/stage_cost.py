@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from pdjax.schedules.action import KINDS
 from pdjax.serialization import is_amount, is_count
 
 _PER_MICROBATCH = (
@@ -90,10 +91,9 @@ class StageCost:
         return self.backward_s / 2 if self.weight_s is None else self.weight_s
 
     @property
-    def seconds(self) -> tuple[float, float, float, float, float]:
-        """Seconds of F, B, I, W and U, in the order of `pdjax.schedules.columns.KINDS`."""
-        parts = self.input_part_s, self.weight_part_s
-        return (self.forward_s, self.backward_s, *parts, self.update_s)
+    def seconds(self) -> tuple[float, ...]:
+        """Seconds of each kind of action, in the order of `pdjax.schedules.action.KINDS`."""
+        return tuple(getattr(self, row.cost) for row in KINDS.values())
 
     def scaled(self, factor: float) -> StageCost:
         """The cost of microbatches `factor` times as large, by simple proportion.

@@ -22,20 +22,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pdjax.timeline.perfetto_arrows import Slice, find_arrows
-from pdjax.timeline.style import NAMES, TRANSFER_NAMES, check_suffix
-from pdjax.timeline.timeline import Span, SpanKind, Timeline, Transfer
+from pdjax.timeline.style import NAMES, STYLES, TRANSFER_STYLES, check_suffix
+from pdjax.timeline.timeline import Span, Timeline, Transfer
 
 _Event = dict[str, Any]
-
-_COLORS: dict[SpanKind, str] = {  # names that chrome://tracing knows; Perfetto has its own colours
-    "F": "thread_state_runnable",
-    "B": "thread_state_iowait",
-    "I": "thread_state_running",
-    "W": "yellow",
-    "FB": "generic_work",
-    "FBU": "generic_work",
-    "U": "terrible",
-}
 
 
 def save_trace(timelines: Timeline | Sequence[Timeline], path: str | PathLike[str]) -> None:
@@ -166,10 +156,11 @@ def _complete(piece: Slice, pid: int) -> _Event:
         "args": {"stage": entry.stage, "microbatch": entry.microbatch},
     }
     if isinstance(entry, Span):
-        return event | {"name": str(entry), "cat": NAMES[entry.kind], "cname": _COLORS[entry.kind]}
+        color = STYLES[entry.kind].trace
+        return event | {"name": str(entry), "cat": NAMES[entry.kind], "cname": color}
     name = f"{entry.stage}{entry.kind}{entry.microbatch} sent"
     event["args"]["bytes"] = entry.num_bytes
-    return event | {"name": name, "cat": TRANSFER_NAMES[entry.kind]}
+    return event | {"name": name, "cat": TRANSFER_STYLES[entry.kind].name}
 
 
 def _counters(timeline: Timeline, pid: int, threads: Sequence[_Thread]) -> Iterator[_Event]:

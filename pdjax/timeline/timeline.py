@@ -11,18 +11,28 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 
+from pdjax.schedules.action import ActionKind, Result
 from pdjax.timeline.rows import column
 
-SpanKind = Literal["F", "B", "I", "W", "U", "FB", "FBU"]
-"""What a worker does: forward pass, backward pass, its input part, its weight part, update of the
-weights; a forward pass and what follows it in one program."""
+SpanKind = ActionKind | Literal["FB", "FBU"]
+"""What a worker does: an action, or several of them in one program, by the letters of
+`pdjax.schedules.action.KINDS`."""
+
+
+def actions_of(kind: SpanKind) -> tuple[ActionKind, ...]:
+    """The actions that a span is of, in order."""
+    return cast(tuple[ActionKind, ...], tuple(kind))
+
 
 TransferKind = Literal["F", "B", "R"]
 """What travels: activations, their cotangents, gradients in an all-reduce."""
+
+TRANSFERS: dict[Result, TransferKind] = {"activations": "F", "cotangents": "B", "gradients": "R"}
+"""The letter of each result that travels."""
 
 
 class Span(NamedTuple):
@@ -77,7 +87,7 @@ class Transfer(NamedTuple):
     end_s: float
 
 
-class Held(NamedTuple):
+class MemorySample(NamedTuple):
     """What a worker holds from a moment on, until its next entry.
 
     Attributes:
@@ -109,7 +119,7 @@ class Timeline:
     num_workers: int
     spans: Sequence[Span]
     transfers: Sequence[Transfer] = ()
-    memory: Sequence[Held] = ()
+    memory: Sequence[MemorySample] = ()
 
     def __post_init__(self) -> None:
         for entries in (self.spans, self.transfers):
@@ -213,5 +223,5 @@ class Timeline:
             value["num_workers"],
             tuple(Span(*entry) for entry in value["spans"]),
             tuple(Transfer(*entry) for entry in value["transfers"]),
-            tuple(Held(*entry) for entry in value["memory"]),
+            tuple(MemorySample(*entry) for entry in value["memory"]),
         )
