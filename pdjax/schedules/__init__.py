@@ -1,4 +1,4 @@
-"""Pipeline schedules: values that say what every worker does, and in which order.
+"""Pipeline schedules: the actions of every worker, in their order, as values.
 
 One file an algorithm. To add one, write a function that returns a `Schedule` and give it a row in
 `ALGORITHMS`.
@@ -35,11 +35,11 @@ class Algorithm:
 
     Attributes:
         order: makes the schedule for a number of stages and of microbatches; one with
-            chunks takes `num_chunks`, too.
+            virtual stages takes `num_chunks`, too.
         weight_rule: which version of the weights each pass reads.
         about: one line for help texts.
-        divides: whether minibatches are divided into microbatches unless told otherwise.
-        num_chunks: stages on each worker, unless told otherwise; 1 if it is always one.
+        divides: whether minibatches are divided into microbatches by default.
+        num_chunks: virtual stages on each worker by default; 1 if it is always one.
     """
 
     order: Callable[..., Schedule]
@@ -71,7 +71,7 @@ class Algorithm:
         Args:
             num_stages: number of stages.
             num_microbatches: microbatches in a minibatch.
-            num_chunks: stages on each worker; None for what is usual.
+            num_chunks: virtual stages on each worker; None for the default.
             replicas: for each stage on how many workers it is; one if None.
 
         Raises:

@@ -38,7 +38,7 @@ def warm_ups(replicas: Sequence[int], slack: int = 0) -> tuple[int, ...]:
 
 
 def replicas_of(num_stages: int, replicas: Sequence[int] | None) -> tuple[int, ...]:
-    """The number of replicas of each stage: one, unless told otherwise.
+    """The number of replicas of each stage; one each by default.
 
     Raises:
         ValueError: if they are given for another number of stages.
@@ -60,7 +60,7 @@ def in_turns(kind: ActionKind, stage: int, microbatches: Iterable[int]) -> list[
 def alternate(
     first: Sequence[Action], second: Sequence[Action], warm_up: int
 ) -> tuple[Action, ...]:
-    """`warm_up` of the first, then one of each in turn, then what is left of the second."""
+    """`warm_up` of the first, then one of each in turn, then the rest of the second."""
     ahead = min(warm_up, len(first))
     pairs = zip(first[ahead:], second, strict=False)
     steady = [action for pair in pairs for action in pair]

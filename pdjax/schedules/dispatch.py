@@ -46,8 +46,8 @@ class Turn(NamedTuple):
     """One thing to dispatch.
 
     Attributes:
-        worker: whose it is.
-        action: what is done; the microbatch counts from the first one of the minibatch.
+        worker: the worker that does it.
+        action: the action; its microbatch counts from the first one of the minibatch.
     """
 
     worker: int
@@ -55,13 +55,13 @@ class Turn(NamedTuple):
 
 
 def dispatch_phases(schedule: Schedule) -> tuple[tuple[Turn, ...], ...]:
-    """For each minibatch of a cycle what is dispatched once it is handed over, in order.
+    """For each minibatch of a cycle the actions to dispatch once it is handed over, in order.
 
-    It is all that can be dispatched then, once the schedule is under way. While it fills and
-    drains, the same order holds for the actions that there are.
+    These are all actions that can be dispatched then, once the schedule is under way. While it
+    fills and drains, the same order holds for the actions that there are.
 
     Raises:
-        ScheduleError: if a worker waits for ever.
+        ScheduleError: if a worker never can do its next action.
     """
     if max(schedule.replicas) == 1:
         order = dispatch_order(schedule)
@@ -89,7 +89,7 @@ def reach(schedule: Schedule) -> int:
 
 
 def _dispatch_steps(schedule: Schedule, num_steps: int) -> list[list[Turn]]:
-    """For each minibatch what is dispatched of a schedule that is written out.
+    """For each minibatch the actions that are dispatched, of a schedule that is written out.
 
     The drain comes with the last one.
     """
@@ -121,7 +121,7 @@ def _check_done(schedule: Schedule, needs: Needs, walk: Walk) -> None:
     if not heads:
         return
     done = np.ones(len(walk.worker) + 1, bool)
-    done[-1] = False  # what position -1 stands for: a result that no earlier cycle makes
+    done[-1] = False  # position -1 stands for a result that no earlier cycle makes
     for head, stop in zip(walk.heads, walk.stops, strict=True):
         done[head:stop] = False
     open_ = needs.take(~done[needs.need])
@@ -132,7 +132,9 @@ def _check_done(schedule: Schedule, needs: Needs, walk: Walk) -> None:
 
 
 def _stuck(schedule: Schedule, missing: dict[int, int]) -> ScheduleError:
-    """Tells what the first worker waits for, and what that waits for, until it goes in a circle.
+    """The error that names the action that the first worker waits for, the next one, and so on.
+
+    It ends where the actions wait in a circle, or at a result that is never made.
 
     Args:
         schedule: the schedule.

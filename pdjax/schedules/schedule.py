@@ -1,9 +1,9 @@
 """A pipeline schedule as a value.
 
-A schedule is, for every worker, the list of its actions during one *cycle*, which then repeats for
-ever. A cycle is the time in which the training loop hands over one minibatch of m microbatches (or
-a few minibatches, where replicas take turns), so a microbatch is numbered relative to the first one
-of the cycle. A negative number reaches back: in PipeDream a worker runs, cycle after cycle,
+A schedule is, for every worker, the list of its actions during one *cycle*, which then repeats. A
+cycle is the time in which the training loop hands over one minibatch of m microbatches (or a few
+minibatches, where replicas take turns), so a microbatch is numbered relative to the first one of
+the cycle. A negative number reaches back: in PipeDream a worker runs, cycle after cycle,
 
     F0  B-2  U-2        the forward of the newcomer, the backward and update of the one before last
 
@@ -30,7 +30,7 @@ _FARTHEST = 10**6  # microbatches that an action may reach back
 
 @dataclass(frozen=True)
 class Schedule:
-    """What every worker does in one cycle, in order.
+    """The actions of every worker in one cycle, in order.
 
     ``print(schedule)`` shows it as a grid, which `Schedule.parse` reads back.
 
@@ -152,7 +152,7 @@ class Schedule:
         return tuple(stage for stage in range(self.num_stages) if worker in self.holders[stage])
 
     def unrolled(self, num_minibatches: int) -> Columns:
-        """What `unroll` writes out, as arrays."""
+        """The actions that `unroll` returns, as arrays."""
         return self.columns.repeated(num_minibatches * self.num_microbatches, self.cycle, self.lag)
 
     def unroll(self, num_minibatches: int) -> tuple[tuple[Action, ...], ...]:
@@ -168,7 +168,7 @@ class Schedule:
         """Reads a schedule from the grid that ``str(schedule)`` is, or one written by hand.
 
         Only the order of a worker's actions counts, not their columns. The first line may be left
-        out, and with it what can be told from the actions.
+        out where the actions imply its figures.
 
         Raises:
             ScheduleError: if there is something else in it; the text names the line.

@@ -22,7 +22,7 @@ _MOST_COLUMNS, _MOST_ROWS = 40, 24  # of a grid in an error
 
 @dataclass(frozen=True)
 class Grid:
-    """What a grid says: the arguments of a `pdjax.schedules.Schedule`."""
+    """The content of a grid: the arguments of a `pdjax.schedules.Schedule`."""
 
     name: str
     num_stages: int
@@ -92,7 +92,7 @@ def _read(text: str) -> tuple[re.Match[str] | None, tuple[tuple[Action, ...], ..
 
 
 def _read_row(text: str, line: int) -> Iterator[Action]:
-    for word in text.replace("|", " ").split():  # the bar before what waits for ever
+    for word in text.replace("|", " ").split():  # a bar stands before actions that never start
         try:
             yield read_action(word)
         except ScheduleError as error:

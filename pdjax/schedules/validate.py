@@ -1,8 +1,8 @@
-"""Whether a schedule can be run, and does what a training step must do.
+"""Whether a schedule can be run, and makes complete training steps.
 
-`validate` looks at the schedule written out over enough minibatches that its beginning, its steady
-state and its drain all occur. What it accepts, the executor runs as it stands. Nothing here imports
-JAX.
+`validate` checks the schedule written out over enough minibatches that its beginning, its steady
+state and its drain all occur. The executor runs every schedule that passes, as it stands. Nothing
+here imports JAX.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def validate(schedule: Schedule, rule: WeightRule) -> None:
     pass or in an input and a weight part; all on one worker. A stage is on one worker, or its
     replicas take microbatches in turns. Every stage has one update for each minibatch (of an
     asynchronous schedule with replicas, for each round of them), after all its gradients were
-    computed. No worker waits for ever. All passes of a microbatch read the same version of the
+    computed. Every worker gets to its end. All passes of a microbatch read the same version of the
     weights, which is there.
 
     Raises:

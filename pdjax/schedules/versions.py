@@ -144,9 +144,10 @@ def version_changes(
 ) -> np.ndarray:
     """By how many each action changes the versions of its stage's weights on its worker.
 
-    Alive are the newest one, those that a stash holds and those that a forward pass is yet to
-    read. An update adds one. A version is gone after the last of these: the update that follows,
-    the last backward pass that reads it, the last forward pass that reads it or an older one.
+    Alive are the newest version, the versions in a stash and the versions that a forward pass is
+    yet to read. An update adds one. A version is gone after the last of these: the update that
+    follows, the last backward pass that reads it, the last forward pass that reads it or an older
+    one.
 
     Under weight stashing (PipeDream, SOSP 2019, section 3.3) with weights ``w(t+1) = w(t) -
     lr * grad f(w_0(t-n+1), ..., w_(n-1)(t))`` stage s keeps its n - s newest versions.

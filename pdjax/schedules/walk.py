@@ -16,18 +16,18 @@ from pdjax.schedules.dependencies import Needs, find_needs
 
 @dataclass(eq=False)
 class Walk:
-    """How far workers have got with their actions, and what the others wait for.
+    """The progress of workers through their actions, and the needs of the actions that are left.
 
     Lists of Python's numbers, as single entries are read and written all the time.
 
     Attributes:
         worker: for each action its worker.
-        missing: for each action how many of those that it needs are not done; those that come
-            earlier in its worker's own list are not counted.
-        first: for each action where, in `waiting`, those begin that need it.
+        missing: for each action the number of needed actions that are not done; an action earlier
+            in its worker's own list is not counted.
+        first: for each action the first position in `waiting` of the actions that need it.
         waiting: the actions that need others.
         heads: for each worker its next action.
-        stops: for each worker where its actions stop.
+        stops: for each worker the position behind its last action.
     """
 
     worker: list[int]
@@ -39,7 +39,7 @@ class Walk:
 
     @classmethod
     def of(cls, columns: Columns, needs: Needs) -> Walk:
-        """A walk that begins with nothing done. What needs the action -1 is never done."""
+        """A walk that begins with nothing done; an action that needs -1 is never done."""
         there = needs.need >= 0
         same = columns.worker[needs.need] == columns.worker[needs.action]
         needs = needs.take(~(there & same & (needs.need < needs.action)))
@@ -92,7 +92,7 @@ class Walk:
     def in_slots(self) -> list[int]:
         """Does all actions that can be done; returns when each starts, as early as it can.
 
-        Each takes one unit of time. It is -1 for those that cannot be done.
+        Each takes one unit of time. An action that cannot be done has -1.
         """
         heads, stops, missing, worker = self.heads, self.stops, self.missing, self.worker
         first, every = self.first, self.waiting
@@ -122,7 +122,7 @@ class Walk:
 def slots_of(columns: Columns) -> list[int]:
     """When each action starts if each takes one unit of time; -1 if it never can.
 
-    What is not among the actions counts as there.
+    A need of an action that is not among them counts as satisfied.
 
     Example:
         The backward pass of stage 1 waits for that of stage 2, which is not among the actions.

@@ -13,7 +13,7 @@ import numpy as np
 from pdjax.schedules.columns import Columns
 from pdjax.schedules.dependencies import Rounds
 from pdjax.simulate.messages import Messages
-from pdjax.simulate.network import route
+from pdjax.simulate.network import find_links
 from pdjax.simulate.stage_cost import StageCost
 from pdjax.topology.topology import Topology
 
@@ -79,4 +79,4 @@ def all_reduces_of(
 def _slowest(ring: np.ndarray, topology: Topology | None) -> float:
     if topology is None:
         return np.inf
-    return float(route(topology, ring, np.roll(ring, -1)).bytes_per_s.min())
+    return float(find_links(topology, ring, np.roll(ring, -1)).bytes_per_s.min())

@@ -35,7 +35,7 @@ def simulate(
     workers: Sequence[int] | None = None,
     title: str | None = None,
 ) -> Timeline:
-    """What happens when if a schedule is run, from what its stages cost.
+    """The timeline of a run of a schedule, from the costs of its stages.
 
     Every worker does its actions in their order, each as soon as it can. A forward pass waits for
     the activations of the stages that send to it, and for the stage before it even if that sends
@@ -45,8 +45,8 @@ def simulate(
 
     Transfers take their bytes over the bandwidth of the innermost level of the topology that joins
     both workers, while the workers go on. Every unit of a level has one link out, on which one
-    transfer follows the other in the order in which they are asked for; what comes in, and
-    all-reduces, do not hold it up. (The same form as in SOSP 2019, section 3.1, with the waiting
+    transfer follows the other in the order in which they are asked for; incoming transfers and
+    all-reduces do not hold it up. (The same form as in SOSP 2019, section 3.1, with the waiting
     for links in addition; latencies are left out.)
 
     Example:
@@ -56,7 +56,7 @@ def simulate(
         (12.0, 0.25)
 
     Args:
-        schedule: what is run.
+        schedule: the schedule.
         costs: of each stage, in seconds and bytes.
         topology: how the workers are joined; if None, transfers and all-reduces take no time.
         rule: which versions of the weights workers keep; it changes no time.
@@ -66,12 +66,12 @@ def simulate(
 
     Returns:
         A timeline that begins at 0. Its memory has an entry for each worker at 0, and one at the
-        end of each action that changes what the worker holds: a forward pass adds what it
+        end of each action that changes the worker's bytes: a forward pass adds what it
         stashes, a backward pass takes it away, and an update changes the versions of the weights.
 
     Raises:
         ValueError: if the costs or the workers are not for this schedule.
-        ScheduleError: if an action waits for ever.
+        ScheduleError: if an action never can start.
     """
     columns = schedule.unrolled(num_minibatches)
     graph = TaskGraph(schedule, columns, costs, topology, workers)

@@ -1,4 +1,4 @@
-"""What a schedule takes once it is under way.
+"""The figures of a schedule once it is under way.
 
 Nothing here imports JAX.
 """
@@ -36,14 +36,14 @@ def steady_s(
     looked at for as long again.
 
     Args:
-        schedule: what is run.
+        schedule: the schedule.
         costs: of each stage, in seconds and bytes.
         topology: how the workers are joined; if None, transfers and all-reduces take no time.
         workers: for each worker of the schedule its number in the topology; the same if None.
 
     Raises:
         ValueError: if the costs or the workers are not for this schedule.
-        ScheduleError: if an action waits for ever.
+        ScheduleError: if an action never can start.
     """
     if schedule.flushes:
         columns = schedule.unrolled(3)

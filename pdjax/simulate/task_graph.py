@@ -18,7 +18,7 @@ from pdjax.schedules.text import failure
 from pdjax.simulate.all_reduces import all_reduces_of
 from pdjax.simulate.events import Tasks, Times, run
 from pdjax.simulate.messages import Messages, StageLinks, messages_between
-from pdjax.simulate.network import check_workers, route
+from pdjax.simulate.network import check_workers, find_links
 from pdjax.simulate.stage_cost import StageCost, check_costs
 from pdjax.topology.topology import Topology
 
@@ -41,7 +41,7 @@ class TaskGraph:
         all_reduces: the all-reduces of each stage that has replicas.
         firsts: for each of these stages the first task that is one of its all-reduces.
         lane: for each task its lane.
-        messages: what tasks send each other, by the task that sends.
+        messages: the messages between tasks, by the task that sends.
         travels: which messages go to another worker and have any bytes.
 
     Raises:
@@ -58,8 +58,8 @@ class TaskGraph:
     ) -> None:
         check_costs(costs, schedule.num_stages)
         self.costs, self.topology, self.columns = costs, topology, columns
-        self.places = check_workers(workers, columns.num_workers, topology)
-        self.all_reduces = all_reduces_of(columns, costs, schedule.holders, self.places, topology)
+        self.machines = check_workers(workers, columns.num_workers, topology)
+        self.all_reduces = all_reduces_of(columns, costs, schedule.holders, self.machines, topology)
         rounds = list(map(len, self.all_reduces))
         self.firsts = list(accumulate(rounds, initial=len(columns)))[:-1]
         own = np.arange(len(rounds)) + columns.num_workers
@@ -75,10 +75,10 @@ class TaskGraph:
         self.travels = (self.messages.num_bytes > 0) & (source != target)
 
     def times(self) -> Times:
-        """When everything happens.
+        """The times of all tasks and messages.
 
         Raises:
-            ScheduleError: if an action waits for ever.
+            ScheduleError: if an action never can start.
         """
         times = run(self._tasks())
         stuck = [task for task in times.stuck if task < len(self.columns)]
@@ -128,10 +128,10 @@ class TaskGraph:
             return link, travel_s, np.zeros(0, bool)
         sent = self.messages.take(self.travels)
         source, target = self.lane[sent.source], self.lane[sent.target]
-        way = route(self.topology, self.places[source], self.places[target])
-        link[self.travels] = way.link
-        travel_s[self.travels] = sent.num_bytes / way.bytes_per_s
-        senders = np.unique(way.link * self.columns.num_workers + source)
+        links = find_links(self.topology, self.machines[source], self.machines[target])
+        link[self.travels] = links.link
+        travel_s[self.travels] = sent.num_bytes / links.bytes_per_s
+        senders = np.unique(links.link * self.columns.num_workers + source)
         return link, travel_s, np.bincount(senders // self.columns.num_workers) > 1
 
     def _unsatisfiable(self) -> np.ndarray:

@@ -45,7 +45,7 @@ def save_timeline(timeline: Timeline, path: str | PathLike[str]) -> None:
     """Draws a timeline as a PNG or SVG file.
 
     Args:
-        timeline: what is drawn.
+        timeline: the timeline.
         path: the file; its suffix says the format.
 
     Raises:
@@ -58,7 +58,7 @@ def save_timelines(timelines: Sequence[Timeline], path: str | PathLike[str]) -> 
     """Draws timelines one above the other, with a common time axis, as a PNG or SVG file.
 
     Args:
-        timelines: what is drawn: a simulated and a measured one, or those of several schedules.
+        timelines: the timelines: a simulated and a measured one, or those of several schedules.
         path: the file; its suffix says the format.
 
     Raises:

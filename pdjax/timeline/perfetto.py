@@ -32,7 +32,7 @@ def save_trace(timelines: Timeline | Sequence[Timeline], path: str | PathLike[st
     """Writes a trace file, as `to_trace_json` makes it.
 
     Args:
-        timelines: what is shown: one, or several beside each other.
+        timelines: the timelines: one, or several beside each other.
         path: the file, a .json one.
 
     Raises:
@@ -46,11 +46,12 @@ def to_trace_json(timelines: Timeline | Sequence[Timeline]) -> str:
     """Timelines in the Trace Event Format.
 
     Each is a process; its workers, and the links on which something was sent, are the threads.
-    Arrows lead from what made a value over its transfer to what waited for it; where transfers
-    were not followed, from stage to stage. What a worker holds is a counter, in bytes.
+    Arrows lead from the span that made a value over its transfer to the span that waited for it;
+    where transfers were not followed, from stage to stage. The bytes that a worker holds are a
+    counter.
 
     Args:
-        timelines: what is shown: one, or several beside each other.
+        timelines: the timelines: one, or several beside each other.
 
     Returns:
         The text of the file.

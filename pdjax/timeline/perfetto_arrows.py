@@ -1,4 +1,4 @@
-"""Who waited for whom in a timeline: the arrows of a trace.
+"""Arrows of a trace: from a span that made a value to the span that waited for it.
 
 Nothing here imports JAX.
 """
@@ -15,7 +15,7 @@ from pdjax.timeline.timeline import TRANSFERS, Span, SpanKind, Transfer, actions
 
 
 def _from_others(kind: SpanKind) -> tuple[Need, ...]:
-    """What a span waits for that other workers make: the needs of its first action."""
+    """The needs of a span's first action that other workers satisfy."""
     needs = KINDS[actions_of(kind)[0]].needs
     return tuple(need for need in needs if need.step or need.whole_round)
 
@@ -56,9 +56,9 @@ class Slice(NamedTuple):
 def find_arrows(slices: Sequence[Slice]) -> Iterator[tuple[Slice, Slice]]:
     """Pairs of a slice and one that waited for it, on another thread.
 
-    From what made a value to its transfer, and from there to what waited; without transfers from
-    the pass of a stage to that of the next one. No arrow begins at what took no time: viewers
-    need a moment at which it was open. What cannot be told has no arrow.
+    From the span that made a value to its transfer, and from there to the span that waited;
+    without transfers from the pass of a stage to that of the next one. No arrow begins at a span
+    that took no time: viewers need a moment at which it was open. An uncertain pair has no arrow.
     """
     finder = _Finder(slices)
     transfers = [piece for piece in slices if isinstance(piece.entry, Transfer)]
@@ -88,7 +88,7 @@ class _Finder:
                 self._workers[piece.entry.stage].add(piece.entry.worker)
 
     def giver(self, sent: Slice) -> Slice | None:
-        """The span that made the values of a transfer: the last that can have."""
+        """The span that made the values of a transfer: the last possible one."""
         entry = sent.entry
         assert isinstance(entry, Transfer)
         result = _RESULTS[entry.kind]
@@ -103,13 +103,13 @@ class _Finder:
         return max(found, key=lambda piece: piece.end_ns, default=None)
 
     def taker(self, sent: Slice) -> Slice | None:
-        """The span that waited for a transfer: the first that can have."""
+        """The span that waited for a transfer: the first possible one."""
         entry = sent.entry
         assert isinstance(entry, Transfer)
         return self._first(_RESULTS[entry.kind], entry.target, sent)
 
     def followers(self, piece: Slice) -> Iterator[Slice]:
-        """The spans that waited for one on another worker, if its values went to a next stage."""
+        """The spans that waited for one on another worker, if its values went on."""
         entry = piece.entry
         assert isinstance(entry, Span)
         for result, direction in _DIRECTION.items():

@@ -1,4 +1,4 @@
-"""What drawings of timelines share: names, colours, and the stages of a worker.
+"""Names and colours for drawings of timelines, and the stages of a worker.
 
 Nothing here imports JAX or matplotlib.
 """
@@ -48,12 +48,12 @@ STYLES: dict[SpanKind, SpanStyle] = {
     "FBU": SpanStyle(("#6b53a0", "#9d8aca"), ("45;97", "105;30"), "+", "generic_work", "xx"),
     "U": SpanStyle(("#b00020", "#b00020"), ("41;97", "41;97"), ":", "terrible", mark=True),
 }
-"""How each kind is drawn, in the order of legends."""
+"""The style of each kind of span, in the order of legends."""
 
 NAMES: dict[SpanKind, str] = {
     kind: listed([KINDS[letter].name for letter in actions_of(kind)], "and") for kind in STYLES
 }
-"""What people call each kind."""
+"""The name of each kind."""
 
 
 class TransferStyle(NamedTuple):
@@ -68,7 +68,7 @@ TRANSFER_STYLES: dict[TransferKind, TransferStyle] = {
     "B": TransferStyle("cotangents sent", "#a85510"),
     "R": TransferStyle("gradients all-reduced", "#303030"),
 }
-"""How what travels is drawn, in the order of legends."""
+"""The style of each kind of transfer, in the order of legends."""
 
 
 class TimeUnit(NamedTuple):
@@ -76,7 +76,7 @@ class TimeUnit(NamedTuple):
 
     Attributes:
         name: its name in full.
-        symbol: what is written behind a number.
+        symbol: its symbol behind a number.
         size_s: its size, in seconds.
     """
 
@@ -112,7 +112,7 @@ def stages_by_worker(timeline: Timeline) -> list[list[int]]:
 
 
 def headline(timeline: Timeline) -> str:
-    """What was run, how long it took, and how much of that was waiting."""
+    """The title, the makespan, and the share of waiting in it."""
     took = format_seconds(timeline.makespan_s)
     return f"{timeline.title}: makespan {took}, bubble {timeline.bubble_share:.1%}"
 

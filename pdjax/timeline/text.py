@@ -39,7 +39,7 @@ def draw_timeline(timeline: Timeline, width: int = 100, *, color: bool = False) 
     F: forward, B: backward
 
     Args:
-        timeline: what is drawn.
+        timeline: the timeline.
         width: columns of the terminal.
         color: whether to write ANSI colour codes.
 

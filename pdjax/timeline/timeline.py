@@ -1,4 +1,4 @@
-"""What happened when: the spans of every worker, as a value.
+"""Timelines: the spans of every worker, as a value.
 
 Simulated (`pdjax.simulate`) or measured by the executor (`Pipeline.record`): the same type, so
 that one can be laid over the other. Nothing here imports JAX.
@@ -19,7 +19,7 @@ from pdjax.schedules.action import ActionKind, Result
 from pdjax.timeline.rows import column
 
 SpanKind = ActionKind | Literal["FB", "FBU"]
-"""What a worker does: an action, or several of them in one program, by the letters of
+"""The kind of a span: one action, or several in one program, by the letters of
 `pdjax.schedules.action.KINDS`."""
 
 
@@ -29,7 +29,7 @@ def actions_of(kind: SpanKind) -> tuple[ActionKind, ...]:
 
 
 TransferKind = Literal["F", "B", "R"]
-"""What travels: activations, their cotangents, gradients in an all-reduce."""
+"""The kind of a transfer: activations, their cotangents, gradients in an all-reduce."""
 
 TRANSFERS: dict[Result, TransferKind] = {"activations": "F", "cotangents": "B", "gradients": "R"}
 """The letter of each result that travels."""
@@ -40,8 +40,8 @@ class Span(NamedTuple):
 
     Attributes:
         worker: the worker.
-        kind: what it did.
-        stage: the stage that it did it for.
+        kind: the kind of action.
+        stage: the stage that it belongs to.
         microbatch: the microbatch; for an update the last one whose gradient it applied.
         start_s: when it could start: its inputs were there and the worker was free. In seconds.
         end_s: when its results were ready.
@@ -69,12 +69,12 @@ class Transfer(NamedTuple):
     Attributes:
         source: the worker that sends.
         target: the worker that receives.
-        kind: what travels.
-        stage: the stage that made it.
+        kind: the kind of values.
+        stage: the stage that made them.
         microbatch: the microbatch; of gradients the last one that they are of.
-        num_bytes: how much.
-        start_s: when the link was free for it. In seconds.
-        end_s: when it had arrived.
+        num_bytes: their size.
+        start_s: when the link was free for them. In seconds.
+        end_s: when they had arrived.
     """
 
     source: int
@@ -88,7 +88,7 @@ class Transfer(NamedTuple):
 
 
 class MemorySample(NamedTuple):
-    """What a worker holds from a moment on, until its next entry.
+    """The bytes that a worker holds from a moment on, until its next sample.
 
     Attributes:
         worker: the worker.
@@ -105,14 +105,14 @@ class MemorySample(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """The spans of all workers, what travelled between them, and what they held.
+    """The spans of all workers, the transfers between them, and the bytes that they held.
 
     Attributes:
-        title: what was run.
+        title: a name of the run.
         num_workers: number of workers.
         spans: the spans, by start.
         transfers: the transfers, by start; empty if they were not followed.
-        memory: what the workers held, by time; empty if it was not followed.
+        memory: samples of the bytes that workers held, by time; empty if it was not followed.
     """
 
     title: str
@@ -141,7 +141,7 @@ class Timeline:
         return float(column(self.spans, "end_s").max(initial=0.0))
 
     def spans_of(self, worker: int) -> tuple[Span, ...]:
-        """What one worker did, in order."""
+        """The spans of one worker, in order."""
         return self._by_worker.get(worker, ())
 
     @cached_property
