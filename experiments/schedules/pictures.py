@@ -21,7 +21,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pdjax.schedules import ALGORITHMS, Schedule, forward_only, pipedream
-from pdjax.schedules.columns import KINDS, Columns, F
+from pdjax.schedules.action import FORWARD, LETTERS
+from pdjax.schedules.columns import Columns
 from pdjax.schedules.versions import delay_of, versions_read
 from pdjax.schedules.weight_rule import STASH, WeightRule
 from pdjax.simulate import StageCost, simulate, steady_s
@@ -197,12 +198,12 @@ def versions_of(schedule: Schedule, rule: WeightRule) -> dict[tuple[str, int, in
     for at, forward, backward in zip(read.at, read.forward, read.backward, strict=True):
         kind, stage, microbatch = _action(columns, at)
         found[kind, stage, microbatch] = int(backward)
-        found[KINDS[F], stage, microbatch] = int(forward)
+        found[FORWARD, stage, microbatch] = int(forward)
     return found
 
 
 def _action(columns: Columns, at: int) -> tuple[str, int, int]:
-    return KINDS[columns.kind[at]], int(columns.stage[at]), int(columns.microbatch[at])
+    return LETTERS[columns.kind[at]], int(columns.stage[at]), int(columns.microbatch[at])
 
 
 def _name(figure: Figure, titles: Sequence[str], note: str) -> None:

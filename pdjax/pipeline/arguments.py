@@ -14,7 +14,7 @@ from pdjax.plan import Plan
 from pdjax.profile.files import load_profile
 from pdjax.profile.profile import Profile
 from pdjax.schedules import Schedule, find_algorithm
-from pdjax.schedules.chunks import num_workers_of
+from pdjax.schedules.building import num_workers_of
 from pdjax.split.differentiate import Remat
 from pdjax.topology.topology import Topology
 from pdjax.units import format_bytes

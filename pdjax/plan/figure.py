@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from pdjax.plan import Plan
 from pdjax.profile.profile import Profile
-from pdjax.timeline.style import FILLS
+from pdjax.timeline.style import STYLES
 from pdjax.units import format_seconds
 
 _STAGES = ("#eef2f8", "#f8f1ea")  # behind even and odd stages
@@ -61,8 +61,8 @@ def _draw_times(axes: Axes, profile: Profile) -> None:
     at = range(len(profile.layers))
     forward = [second * 1e3 for second in profile.column("forward_s")]
     backward = [second * 1e3 for second in profile.column("backward_s")]
-    axes.bar(at, forward, width=0.8, color=FILLS["F"][1], label="forward")
-    axes.bar(at, backward, width=0.8, bottom=forward, color=FILLS["B"][0], label="backward")
+    axes.bar(at, forward, width=0.8, color=STYLES["F"].fills[1], label="forward")
+    axes.bar(at, backward, width=0.8, bottom=forward, color=STYLES["B"].fills[0], label="backward")
     axes.set_ylabel("milliseconds")
 
 

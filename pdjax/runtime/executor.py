@@ -38,7 +38,7 @@ from pdjax.runtime.stage_input_weight import Held
 from pdjax.runtime.state import Feed, Kept, Run, StageState, Step
 from pdjax.runtime.update import Pack, UpdateRunner
 from pdjax.schedules import Schedule
-from pdjax.schedules.phases import reach
+from pdjax.schedules.dispatch import reach
 from pdjax.schedules.versions import delay_of
 from pdjax.schedules.weight_rule import WeightRule
 from pdjax.trace.jit import Values, total

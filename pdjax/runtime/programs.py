@@ -15,7 +15,7 @@ from pdjax.runtime.replica_map import Places
 from pdjax.runtime.stage import StageRunner
 from pdjax.runtime.update import UpdateRunner
 from pdjax.schedules import Action, Schedule
-from pdjax.schedules.phases import dispatch_phases
+from pdjax.schedules.dispatch import dispatch_phases
 from pdjax.schedules.weight_rule import WeightRule
 from pdjax.split.differentiate import Remat, StagePrograms, differentiate
 from pdjax.split.stages import StageSplit

@@ -13,16 +13,16 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
-from typing import Any, cast
+from typing import Any
 
 import jax
 
 from pdjax.distributed import Peers
 from pdjax.runtime.programs import InstructionKind
 from pdjax.runtime.replica_map import Places
-from pdjax.schedules import Action, Schedule
-from pdjax.schedules.schedule import ActionKind, inputs_of
-from pdjax.timeline.timeline import Span, Timeline
+from pdjax.schedules import Schedule
+from pdjax.schedules.action import KINDS, Result
+from pdjax.timeline.timeline import Span, Timeline, actions_of
 
 
 @dataclass
@@ -37,19 +37,20 @@ class Event:
     done_s: float = 0.0
 
 
-Ends = dict[tuple[str, int, int], float]
-"""When programs ended, by kind, stage and microbatch."""
+Ends = dict[tuple[Result, int, int], float]
+"""When results were ready, by result, stage and microbatch."""
 
 
 class Recorder:
-    """Is told of every dispatch (`observe`), and waits for all that was dispatched (`finish`)."""
+    """Notes every dispatch (`observe`), and waits for all dispatched programs (`finish`)."""
 
     def __init__(self, schedule: Schedule, weights: Iterable[jax.Array]) -> None:
         """Starts the threads.
 
         Args:
             schedule: the schedule that is run.
-            weights: one of the weights of each stage, for which what `observe` needs is compiled.
+            weights: one of the weights of each stage; the program that `observe` needs is compiled
+                for it.
         """
         for leaf in weights:
             _touch(leaf)
@@ -65,15 +66,15 @@ class Recorder:
             self._queues.append(waiting)
             self._threads.append(thread)
 
-    def observe(self, kind: InstructionKind, place: int, microbatch: int, made: Any) -> None:
+    def observe(self, kind: InstructionKind, place: int, microbatch: int, outputs: Any) -> None:
         """Notes that a program was dispatched, and waits for it elsewhere."""
         stage, worker = self._places.stage_of[place], self._places.worker_of[place]
         event = Event(kind, worker, stage, microbatch, time.perf_counter())
         self._events.append(event)
-        self._queues[worker].put((event, _lasting(kind, made)))
+        self._queues[worker].put((event, _lasting(kind, outputs)))
 
     def finish(self) -> list[Event]:
-        """Waits for everything that was dispatched; returns it in order."""
+        """Waits for all dispatched programs; returns their events in order."""
         for waiting in self._queues:
             waiting.put(None)
         for thread in self._threads:
@@ -88,12 +89,12 @@ def gather(peers: Peers, events: Sequence[Event]) -> list[Event]:
     by the time that a message takes.
     """
     peers.exchange("end of the recording", None)
-    mine = [time.perf_counter(), [astuple(event) for event in events]]
-    said = peers.exchange("what was recorded", mine)
+    local = [time.perf_counter(), [astuple(event) for event in events]]
+    reported = peers.exchange("the recorded events", local)
     found = []
-    for now, theirs in said:
+    for now, theirs in reported:
         for values in theirs:
-            event, ahead = Event(*values), now - said[0][0]
+            event, ahead = Event(*values), now - reported[0][0]
             event.dispatched_s, event.done_s = event.dispatched_s - ahead, event.done_s - ahead
             found.append(event)
     return found
@@ -102,11 +103,11 @@ def gather(peers: Peers, events: Sequence[Event]) -> list[Event]:
 def timeline_of(schedule: Schedule, events: Sequence[Event]) -> Timeline:
     """When each program could start, and when it ended; microbatches are counted from the first."""
     first = min((event.microbatch for event in events), default=0)
-    ends = {(e.kind, e.stage, e.microbatch): e.done_s for e in events}
+    ends = _find_ends(events)
     free_at = [0.0] * len(schedule.workers)
     spans = []
     for event in events:
-        worker, inputs = event.worker, _inputs_ready(schedule, event, ends)
+        worker, inputs = event.worker, _inputs_ready(event, ends)
         start = min(max(free_at[worker], inputs, event.dispatched_s), event.done_s)
         free_at[worker] = event.done_s
         number = event.microbatch - first
@@ -114,32 +115,38 @@ def timeline_of(schedule: Schedule, events: Sequence[Event]) -> Timeline:
     return Timeline.of(f"{schedule.name}, measured", len(schedule.workers), spans)
 
 
-def _inputs_ready(schedule: Schedule, event: Event, ends: Ends) -> float:
-    kind = cast(ActionKind, event.kind[0])
-    needs = inputs_of(Action(kind, event.stage, event.microbatch), schedule.num_stages)
-    return max((_end_of(need, ends) for need in needs), default=0.0)
+def _find_ends(events: Sequence[Event]) -> Ends:
+    ends: Ends = {}
+    for event in events:
+        for letter in actions_of(event.kind):
+            for result in KINDS[letter].makes:
+                key = result, event.stage, event.microbatch
+                ends[key] = max(ends.get(key, 0.0), event.done_s)
+    return ends
 
 
-def _end_of(action: Action, ends: Ends) -> float:
-    kinds = ("B", "I", "FB", "FBU") if action.kind == "B" else (action.kind, "FB", "FBU")
-    return max(ends.get((kind, action.stage, action.microbatch), 0.0) for kind in kinds)
+def _inputs_ready(event: Event, ends: Ends) -> float:
+    """When the results that the first action of a program needs were ready."""
+    needs = KINDS[actions_of(event.kind)[0]].needs
+    keys = ((need.result, event.stage + need.step, event.microbatch) for need in needs)
+    return max((ends.get(key, 0.0) for key in keys), default=0.0)
 
 
-def _lasting(kind: InstructionKind, made: Any) -> Any:
-    """Of what a program made, something that no later program is given for good.
+def _lasting(kind: InstructionKind, outputs: Any) -> Any:
+    """One of the outputs of a program that no later program takes over.
 
-    Gradients and weights are: a value made of them stands in for them.
+    Gradients and weights are donated to later programs: a value made of them stands for them.
     """
     if kind == "F":
-        return made
+        return outputs
     if kind == "I":  # the cotangents that it sends, or what it holds for the weight part
-        leaves = made[2].values
-        return made[1] or (_touch(leaves[0]) if leaves else ())
+        leaves = outputs[2].values
+        return outputs[1] or (_touch(leaves[0]) if leaves else ())
     if kind in ("FB", "FBU"):
-        return made[0]
-    if kind == "B" and made[1]:
-        return made[1]
-    leaves = made[0] if kind == "B" else made
+        return outputs[0]
+    if kind == "B" and outputs[1]:
+        return outputs[1]
+    leaves = outputs[0] if kind == "B" else outputs
     return _touch(leaves[0]) if leaves else ()
 
 

@@ -1,4 +1,4 @@
-"""Pipeline schedules: values that say what every worker does, and in which order.
+"""Pipeline schedules: the actions of every worker, in their order, as values.
 
 One file an algorithm. To add one, write a function that returns a `Schedule` and give it a row in
 `ALGORITHMS`.
@@ -11,6 +11,8 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pdjax.schedules.action import Action as Action
+from pdjax.schedules.action import ScheduleError as ScheduleError
 from pdjax.schedules.building import warm_ups as warm_ups
 from pdjax.schedules.dispatch import dispatch_order as dispatch_order
 from pdjax.schedules.forward_only import forward_only as forward_only
@@ -20,9 +22,7 @@ from pdjax.schedules.model_parallel import model_parallel as model_parallel
 from pdjax.schedules.one_f_one_b import one_f_one_b as one_f_one_b
 from pdjax.schedules.pipedream import pipedream as pipedream
 from pdjax.schedules.pipedream_2bw import pipedream_2bw as pipedream_2bw
-from pdjax.schedules.schedule import Action as Action
 from pdjax.schedules.schedule import Schedule as Schedule
-from pdjax.schedules.schedule import ScheduleError as ScheduleError
 from pdjax.schedules.validate import validate as validate
 from pdjax.schedules.weight_rule import DOUBLE_BUFFER, LATEST, STASH, VERTICAL_SYNC, WeightRule
 from pdjax.schedules.zero_bubble_h1 import zero_bubble_h1 as zero_bubble_h1
@@ -35,11 +35,11 @@ class Algorithm:
 
     Attributes:
         order: makes the schedule for a number of stages and of microbatches; one with
-            chunks takes `num_chunks`, too.
+            virtual stages takes `num_chunks`, too.
         weight_rule: which version of the weights each pass reads.
         about: one line for help texts.
-        divides: whether minibatches are divided into microbatches unless told otherwise.
-        num_chunks: stages on each worker, unless told otherwise; 1 if it is always one.
+        divides: whether minibatches are divided into microbatches by default.
+        num_chunks: virtual stages on each worker by default; 1 if it is always one.
     """
 
     order: Callable[..., Schedule]
@@ -71,7 +71,7 @@ class Algorithm:
         Args:
             num_stages: number of stages.
             num_microbatches: microbatches in a minibatch.
-            num_chunks: stages on each worker; None for what is usual.
+            num_chunks: virtual stages on each worker; None for the default.
             replicas: for each stage on how many workers it is; one if None.
 
         Raises:

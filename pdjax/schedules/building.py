@@ -1,4 +1,4 @@
-"""Stages whose replicas take microbatches in turns: how far ahead each may run.
+"""Parts of which schedules are built: replicas, warm-ups, alternating passes, virtual stages.
 
 Microbatch b of a stage with r replicas goes to its replica b mod r. The gradients of r consecutive
 microbatches, a *round*, are averaged and applied together. Nothing here imports JAX.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from pdjax.schedules.schedule import Action
+from pdjax.schedules.action import Action, ActionKind
 
 
 def warm_ups(replicas: Sequence[int], slack: int = 0) -> tuple[int, ...]:
@@ -38,7 +38,7 @@ def warm_ups(replicas: Sequence[int], slack: int = 0) -> tuple[int, ...]:
 
 
 def replicas_of(num_stages: int, replicas: Sequence[int] | None) -> tuple[int, ...]:
-    """The number of replicas of each stage: one, unless told otherwise.
+    """The number of replicas of each stage; one each by default.
 
     Raises:
         ValueError: if they are given for another number of stages.
@@ -52,16 +52,42 @@ def replicas_of(num_stages: int, replicas: Sequence[int] | None) -> tuple[int, .
     return chosen
 
 
-def in_turns(kind: str, stage: int, microbatches: Iterable[int]) -> list[Action]:
+def in_turns(kind: ActionKind, stage: int, microbatches: Iterable[int]) -> list[Action]:
     """One action for each of some microbatches."""
-    return [Action(kind, stage, microbatch) for microbatch in microbatches]  # type: ignore[arg-type]
+    return [Action(kind, stage, microbatch) for microbatch in microbatches]
 
 
 def alternate(
     first: Sequence[Action], second: Sequence[Action], warm_up: int
 ) -> tuple[Action, ...]:
-    """`warm_up` of the first, then one of each in turn, then what is left of the second."""
+    """`warm_up` of the first, then one of each in turn, then the rest of the second."""
     ahead = min(warm_up, len(first))
     pairs = zip(first[ahead:], second, strict=False)
     steady = [action for pair in pairs for action in pair]
     return (*first[:ahead], *steady, *second[len(first) - ahead :])
+
+
+def num_workers_of(
+    name: str, num_stages: int, num_chunks: int, allowed: Sequence[int] | None = None
+) -> int:
+    """The number of workers for a number of stages.
+
+    Args:
+        name: of the schedule.
+        num_stages: number of stages on all workers together.
+        num_chunks: stages on each worker.
+        allowed: the numbers of chunks for which the schedule is defined; all if None.
+
+    Raises:
+        ValueError: if the stages cannot be shared out.
+    """
+    if num_chunks < 1 or (allowed and num_chunks not in allowed):
+        wanted = f"{', '.join(map(str, allowed))}" if allowed else "at least 1"
+        raise ValueError(f"{name} with num_chunks={num_chunks}; expected {wanted}.")
+    if num_stages % num_chunks:
+        more = -(-num_stages // num_chunks) * num_chunks
+        raise ValueError(
+            f"{name} runs {num_chunks} stages on each worker, which {num_stages} stages do not "
+            f"divide into. Use num_stages={more}, or another num_chunks."
+        )
+    return num_stages // num_chunks

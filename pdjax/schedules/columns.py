@@ -1,8 +1,8 @@
 """The actions of many workers as arrays.
 
 Schedules are made and read as lists of actions. To check or simulate thousands of workers and
-microbatches they are laid out in columns, an entry for each action, worker after worker. Nothing
-here imports JAX.
+microbatches they are kept in columns, an entry for each action, worker after worker. Nothing here
+imports JAX.
 """
 
 from __future__ import annotations
@@ -12,25 +12,32 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from operator import itemgetter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-KINDS = "FBIWU"
-"""The kinds of actions, in the order of their codes."""
+from pdjax.column_table import ColumnTable
+from pdjax.schedules.action import KINDS, LETTERS, Result
 
-F, B, I, W, U = range(len(KINDS))  # noqa: E741  # the letters of the field
 _CODES = np.full(256, -1)  # by letter
-_CODES[list(KINDS.encode())] = range(len(KINDS))
+_CODES[list(LETTERS.encode())] = range(len(LETTERS))
+_MAKES = {
+    result: np.array([result in row.makes for row in KINDS.values()])
+    for result in dict.fromkeys(result for row in KINDS.values() for result in row.makes)
+}
+_READS = {
+    which: np.array([row.reads == which for row in KINDS.values()])
+    for which in ("forward", "backward")
+}
 
 
 @dataclass(frozen=True, eq=False)
-class Columns:
+class Columns(ColumnTable):
     """Actions, worker after worker.
 
     Attributes:
         worker: for each action its worker.
-        kind: its kind, as the position in `KINDS`.
+        kind: its kind, as the position in `KINDS` and `LETTERS`.
         stage: its stage.
         microbatch: its microbatch.
         num_workers: number of workers.
@@ -59,28 +66,28 @@ class Columns:
             len(workers),
         )
 
-    def __len__(self) -> int:
-        return len(self.kind)
-
     @cached_property
     def starts(self) -> np.ndarray:
         """Where the actions of each worker start, and where the last one's stop."""
         return np.searchsorted(self.worker, np.arange(self.num_workers + 1))
 
-    def taken(self, index: np.ndarray) -> Columns:
-        """Some of the actions."""
-        return Columns(
-            self.worker[index],
-            self.kind[index],
-            self.stage[index],
-            self.microbatch[index],
-            self.num_workers,
-        )
+    @property
+    def num_stages(self) -> int:
+        """Number of stages, the last one being the highest that occurs."""
+        return int(self.stage.max(initial=-1)) + 1
+
+    def makes(self, result: Result) -> np.ndarray:
+        """For each action whether it makes a result."""
+        return _MAKES[result][self.kind]
+
+    def reads(self, which: Literal["forward", "backward"]) -> np.ndarray:
+        """For each action whether it reads the weights of forward or of backward passes."""
+        return _READS[which][self.kind]
 
     def rows(self) -> Iterator[Iterable[tuple[Any, int, int]]]:
         """For each worker the tuples (kind, stage, microbatch)."""
-        columns = [KINDS[code] for code in self.kind.tolist()], self.stage, self.microbatch
-        lists = [columns[0], columns[1].tolist(), columns[2].tolist()]
+        kinds = [LETTERS[code] for code in self.kind.tolist()]
+        lists = [kinds, self.stage.tolist(), self.microbatch.tolist()]
         for start, stop in zip(self.starts[:-1], self.starts[1:], strict=True):
             yield zip(*(column[start:stop] for column in lists), strict=True)
 
@@ -89,92 +96,51 @@ class Columns:
 
         An update at the end applies the gradients that are there.
 
+        Example:
+            Of PipeDream with three stages a cycle brings one microbatch and reaches two cycles
+            back. For two microbatches it is run four times; microbatches before 0 and from 2 on
+            drop out.
+
+            >>> from pdjax.schedules import pipedream
+            >>> cycle = pipedream(3).columns
+            >>> for row in cycle.repeated(2, cycle=1, lag=2).rows():
+            ...     print(*(f"{kind}{microbatch}" for kind, _, microbatch in row))
+            F0 F1 B0 U0 B1 U1
+            F0 F1 B0 U0 B1 U1
+            F0 B0 U0 F1 B1 U1
+
         Args:
             num_microbatches: how many are handed over.
             cycle: microbatches in a cycle.
             lag: how many cycles back the actions reach.
         """
+        # 1. Every cycle, one after the other. Arrays have shape (num_cycles * len(self),).
         num_cycles = -(-num_microbatches // cycle) + lag
         index = np.tile(np.arange(len(self)), num_cycles)
         shift = np.repeat(np.arange(num_cycles) * cycle, len(self))
-        every = self.taken(index)
-        order = np.argsort(every.worker, kind="stable")
-        every, shift = every.taken(order), shift[order]
-        microbatch = every.microbatch + shift
-        # of a round that was broken off, the update that applies it
-        covers = np.where(every.kind == U, self.per_update(cycle)[every.stage], 1)
+        # 2. Each worker's actions together, its cycles in order.
+        order = np.argsort(self.worker[index], kind="stable")
+        every = self.take(index[order])
+        microbatch = every.microbatch + shift[order]
+        # 3. An update beyond the end whose round begins before it applies the gradients that the
+        #    round has: it is that of the last microbatch.
+        covers = np.where(every.makes("weights"), self.per_update(cycle)[every.stage], 1)
         partial = (microbatch >= num_microbatches) & (microbatch - covers + 1 < num_microbatches)
         microbatch = np.where(partial, num_microbatches - 1, microbatch)
+        # 4. Actions of microbatches that there are.
         kept = (microbatch >= 0) & (microbatch < num_microbatches)
-        found = Columns(every.worker, every.kind, every.stage, microbatch, self.num_workers)
-        return found.taken(kept)
+        return every.with_columns({"microbatch": microbatch}).take(kept)
 
     def per_update(self, cycle: int) -> np.ndarray:
         """For each stage how many microbatches one update applies, in a cycle of `cycle`."""
-        num_stages = int(self.stage.max(initial=-1)) + 1
-        mine = self.kind == U
-        num_updates = np.zeros(num_stages, np.int64)
-        for worker in range(self.num_workers):
-            part = mine[self.starts[worker] : self.starts[worker + 1]]
-            stages = self.stage[self.starts[worker] : self.starts[worker + 1]][part]
-            num_updates = np.maximum(num_updates, np.bincount(stages, minlength=num_stages))
+        updates = np.flatnonzero(self.makes("weights"))
+        place = self.worker[updates] * self.num_stages + self.stage[updates]
+        counts = np.bincount(place, minlength=self.num_workers * self.num_stages)
+        num_updates = counts.reshape(self.num_workers, self.num_stages).max(axis=0, initial=0)
         return cycle // np.maximum(num_updates, 1)
-
-    def inputs(self, turn: np.ndarray, span: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each action the positions of the two others whose results it may need.
-
-        A forward pass needs that of the stage before; a backward pass or its input part the
-        backward pass of the next stage and its own forward pass; a weight part its input part.
-
-        Args:
-            turn: for each action a number from 0 to `span`, the same for the same microbatch.
-            span: how many of them there are.
-
-        Returns:
-            Two rows, the second for the forward passes: the positions, -1 where there is no such
-            action; and whether one is needed at all.
-        """
-        num_stages = int(self.stage.max(initial=-1)) + 1
-        group = np.array([0, 1, 1, 2, 3])[self.kind]
-        where = np.full((4, num_stages + 2, span), -1)
-        where[group, self.stage + 1, turn] = np.arange(len(self))
-        step = np.array([-1, 1, 1, 0, 0])[self.kind]
-        wanted = np.array([0, 1, 1, 1, 3])[self.kind]
-        other = self.stage + step
-        found = np.stack([where[wanted, other + 1, turn], where[0, self.stage + 1, turn]])
-        beside = (self.kind != U) & (other >= 0) & (other < num_stages)
-        needed = np.stack([beside, (self.kind == B) | (self.kind == I)])
-        return np.where(needed, found, -1), needed
 
     @property
     def turns(self) -> tuple[np.ndarray, int]:
         """Each action's microbatch, counted from the first one, and how many there are."""
         first, last = self.microbatch.min(initial=0), self.microbatch.max(initial=0)
         return self.microbatch - first, int(last - first) + 1
-
-    def slots(self) -> np.ndarray:
-        """When each action starts if each takes one unit of time; -1 if it never can.
-
-        What is not among the actions counts as there.
-        """
-        needs = self.inputs(*self.turns)[0].T
-        found = np.full(len(self) + 1, -1)
-        found[-1] = -2  # what position -1 stands for: it is there before anything starts
-        done = np.zeros(len(self) + 1, bool)
-        done[-1] = True
-        at, stops = self.starts[:-1].copy(), self.starts[1:]
-        free = np.zeros(self.num_workers, np.int64)
-        active = np.flatnonzero(at < stops)
-        while active.size:
-            heads = at[active]
-            ready = done[needs[heads]].all(axis=1)
-            if not ready.any():
-                break
-            workers, heads = active[ready], heads[ready]
-            begin = np.maximum(free[workers], found[needs[heads]].max(axis=1) + 1)
-            found[heads] = begin
-            done[heads] = True
-            free[workers] = begin + 1
-            at[workers] += 1
-            active = np.flatnonzero(at < stops)
-        return found[:-1]

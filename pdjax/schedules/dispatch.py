@@ -1,17 +1,21 @@
-"""In which order one thread can dispatch the actions of a schedule."""
+"""In which order one thread can dispatch the actions of a schedule.
+
+Where the replicas of a stage take turns, a cycle brings several minibatches, one after the other,
+and an update waits for the gradients of all replicas; `dispatch_phases` says what can be dispatched
+with each of them. Nothing here imports JAX.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from heapq import heappop, heappush
+from typing import NamedTuple
 
 import numpy as np
 
-from pdjax.schedules.columns import Columns
-from pdjax.schedules.schedule import Action, Schedule, ScheduleError
+from pdjax.schedules.action import KINDS, Action, ScheduleError
+from pdjax.schedules.dependencies import Needs, find_needs, find_round_needs, needs_in_cycle
+from pdjax.schedules.schedule import Schedule
 from pdjax.schedules.text import failure
-
-_EARLIER, _NEVER = -2, -1  # what stands for the results of earlier and of later cycles
+from pdjax.schedules.walk import Walk
 
 
 def dispatch_order(schedule: Schedule) -> tuple[Action, ...]:
@@ -23,136 +27,114 @@ def dispatch_order(schedule: Schedule) -> tuple[Action, ...]:
     Raises:
         ScheduleError: if an action needs a result of a later cycle, or actions wait in a circle.
     """
-    waits = _Waits.of(schedule)
-    order = waits.in_rounds()
-    waits.check_done(schedule)
+    needs = needs_in_cycle(schedule.columns, schedule.cycle)
+    walk = Walk.of(schedule.columns, needs)
+    order = walk.in_rounds()
+    _check_done(schedule, needs, walk)
     return tuple(map(schedule.actions.__getitem__, order))
 
 
 def check_order(schedule: Schedule) -> None:
     """Raises what `dispatch_order` would raise; in half the time, as it makes no order."""
-    waits = _Waits.of(schedule)
-    waits.in_any_order()
-    waits.check_done(schedule)
+    needs = needs_in_cycle(schedule.columns, schedule.cycle)
+    walk = Walk.of(schedule.columns, needs)
+    walk.in_slots()
+    _check_done(schedule, needs, walk)
 
 
-@dataclass(eq=False)
-class _Waits:
-    """How far workers have got with the actions of a cycle, and what the others wait for.
-
-    Lists of Python's numbers, as single entries are read and written all the time.
+class Turn(NamedTuple):
+    """One thing to dispatch.
 
     Attributes:
-        needs: for each action the positions of the two others whose results it needs.
-        worker: for each action its worker.
-        missing: for each action how many of these are not there yet; those that come earlier in
-            its worker's own list are not counted.
-        first: for each action where, among `asking`, those begin that wait for it.
-        asking: the actions that wait for others.
-        heads: for each worker its next action.
-        stops: for each worker where its actions stop.
+        worker: the worker that does it.
+        action: the action; its microbatch counts from the first one of the minibatch.
     """
 
-    needs: np.ndarray
-    worker: list[int]
-    missing: list[int]
-    first: list[int]
-    asking: list[int]
-    heads: list[int]
-    stops: list[int]
+    worker: int
+    action: Action
 
-    @classmethod
-    def of(cls, schedule: Schedule) -> _Waits:
-        columns = schedule.columns
-        needs = needs_in_cycle(columns, schedule.cycle)
-        at = np.indices(needs.shape)[1]
-        there = needs >= 0
-        own = there & (columns.worker[np.where(there, needs, 0)] == columns.worker) & (needs < at)
-        waits = (needs != _EARLIER) & ~own
-        asked, asking = needs[waits & there], at[waits & there]
-        by_asked = np.argsort(asked, kind="stable")
-        first = np.searchsorted(asked[by_asked], np.arange(len(columns) + 1))
-        return cls(
-            needs,
-            columns.worker.tolist(),
-            waits.sum(axis=0).tolist(),
-            first.tolist(),
-            asking[by_asked].tolist(),
-            columns.starts[:-1].tolist(),
-            columns.starts[1:].tolist(),
+
+def dispatch_phases(schedule: Schedule) -> tuple[tuple[Turn, ...], ...]:
+    """For each minibatch of a cycle the actions to dispatch once it is handed over, in order.
+
+    These are all actions that can be dispatched then, once the schedule is under way. While it
+    fills and drains, the same order holds for the actions that there are.
+
+    Raises:
+        ScheduleError: if a worker never can do its next action.
+    """
+    if max(schedule.replicas) == 1:
+        order = dispatch_order(schedule)
+        return (tuple(Turn(schedule.worker_of(a.stage), a) for a in order),)
+    cycles = 2 * schedule.lag + 3
+    steps = _dispatch_steps(schedule, cycles * schedule.num_minibatches)
+    first = (schedule.lag + 1) * schedule.num_minibatches  # of a cycle under way
+    return tuple(
+        tuple(
+            Turn(worker, action.shifted(-step * schedule.num_microbatches))
+            for worker, action in steps[step]
         )
-
-    def ready(self) -> list[int]:
-        """The workers that can do their next action."""
-        ahead = enumerate(zip(self.heads, self.stops, strict=True))
-        return [n for n, (head, stop) in ahead if head < stop and not self.missing[head]]
-
-    def in_any_order(self) -> None:
-        """Does all actions that can be done."""
-        heads, stops, missing, worker = self.heads, self.stops, self.missing, self.worker
-        turns = self.ready()
-        while turns:
-            number = turns.pop()
-            head, stop = heads[number], stops[number]
-            while head < stop and not missing[head]:
-                for waiting in self.asking[self.first[head] : self.first[head + 1]]:
-                    missing[waiting] -= 1
-                    if not missing[waiting] and heads[worker[waiting]] == waiting:
-                        turns.append(worker[waiting])
-                head += 1
-            heads[number] = head
-
-    def in_rounds(self) -> list[int]:
-        """Does all actions that can be done, in rounds; returns them in that order.
-
-        In each round the workers in turn do their next action if they can. Only those are visited.
-        """
-        heads, stops, missing, worker = self.heads, self.stops, self.missing, self.worker
-        count = len(heads)
-        turns = self.ready()  # the round times the number of workers, plus the worker
-        order = []
-        while turns:
-            turn = heappop(turns)
-            number = turn % count
-            head = heads[number]
-            order.append(head)
-            heads[number] = head + 1
-            if head + 1 < stops[number] and not missing[head + 1]:
-                heappush(turns, turn + count)
-            for waiting in self.asking[self.first[head] : self.first[head + 1]]:
-                missing[waiting] -= 1
-                other = worker[waiting]
-                if not missing[waiting] and heads[other] == waiting and other != number:
-                    heappush(turns, turn - number + other + (count if other < number else 0))
-        return order
-
-    def check_done(self, schedule: Schedule) -> None:
-        """Raises ScheduleError if a worker has actions left."""
-        ahead = zip(self.heads, self.stops, strict=True)
-        heads = [head for head, stop in ahead if head < stop]
-        if heads:
-            done = np.ones(len(self.worker) + 2, bool)
-            for head, stop in zip(self.heads, self.stops, strict=True):
-                done[head:stop] = False
-            done[_NEVER] = False
-            first, second = self.needs[:, heads]
-            missing = np.where(done[first], second, first)
-            raise _stuck(schedule, dict(zip(heads, missing.tolist(), strict=True)))
+        for step in range(first, first + schedule.num_minibatches)
+    )
 
 
-def needs_in_cycle(columns: Columns, cycle: int) -> np.ndarray:
-    """What `Columns.inputs` says of the actions of a cycle, the results of other cycles included.
+def reach(schedule: Schedule) -> int:
+    """How many minibatches after the last one its actions may have to be waited for."""
+    behind = 0
+    for phase in dispatch_phases(schedule):
+        for _, (kind, stage, microbatch) in phase:
+            more = schedule.per_update[stage] - 1 if "weights" in KINDS[kind].makes else 0
+            behind = max(behind, more - microbatch)
+    return -(-behind // schedule.num_microbatches)
 
-    -2 stands for what an earlier cycle made, or for nothing; -1 for what no earlier one does.
+
+def _dispatch_steps(schedule: Schedule, num_steps: int) -> list[list[Turn]]:
+    """For each minibatch the actions that are dispatched, of a schedule that is written out.
+
+    The drain comes with the last one.
     """
-    found, needed = columns.inputs(columns.microbatch % cycle, cycle)
-    made = np.where(found >= 0, columns.microbatch[found], np.iinfo(np.int64).min)
-    same, earlier = made == columns.microbatch, made > columns.microbatch
-    return np.where(needed & same, found, np.where(needed & ~earlier, _NEVER, _EARLIER))
+    columns = schedule.unrolled(num_steps)
+    needs = [find_needs(columns), find_round_needs(columns, schedule.holders)]
+    walk = Walk.of(columns, Needs.concatenate(needs))
+    lists = [tuple(map(Action._make, row)) for row in columns.rows()]
+    actions = [action for row in lists for action in row]
+    # Each action waits for its minibatch, too.
+    walk.missing = [count + 1 for count in walk.missing]
+    by_step = np.argsort(columns.microbatch, kind="stable")
+    bounds = np.arange(num_steps + 1) * schedule.num_microbatches
+    bounds = np.searchsorted(columns.microbatch[by_step], bounds).tolist()
+    steps = []
+    for step in range(num_steps):
+        for action in by_step[bounds[step] : bounds[step + 1]].tolist():
+            walk.missing[action] -= 1
+        order = walk.in_rounds()
+        steps.append([Turn(walk.worker[at], actions[at]) for at in order])
+    for head in walk.stuck():
+        number = walk.worker[head]
+        raise failure(f"{actions[head]} on worker {number} waits for ever", lists, actions[head])
+    return steps
+
+
+def _check_done(schedule: Schedule, needs: Needs, walk: Walk) -> None:
+    """Raises ScheduleError if a worker has actions left after a walk."""
+    heads = walk.stuck()
+    if not heads:
+        return
+    done = np.ones(len(walk.worker) + 1, bool)
+    done[-1] = False  # position -1 stands for a result that no earlier cycle makes
+    for head, stop in zip(walk.heads, walk.stops, strict=True):
+        done[head:stop] = False
+    open_ = needs.take(~done[needs.need])
+    missing: dict[int, int] = {}
+    for action, need in open_.take(np.isin(open_.action, heads)).tuples():
+        missing.setdefault(action, need)
+    raise _stuck(schedule, missing)
 
 
 def _stuck(schedule: Schedule, missing: dict[int, int]) -> ScheduleError:
-    """Tells what the first worker waits for, and what that waits for, until it goes in a circle.
+    """The error that names the action that the first worker waits for, the next one, and so on.
+
+    It ends where the actions wait in a circle, or at a result that is never made.
 
     Args:
         schedule: the schedule.
@@ -160,11 +142,11 @@ def _stuck(schedule: Schedule, missing: dict[int, int]) -> ScheduleError:
     """
     actions, worker = schedule.actions, schedule.columns.worker
     head_of = {int(worker[head]): head for head in missing}
-    head, told, links = min(missing), set(), []
-    while head not in told:
-        told.add(head)
+    head, seen, links = min(missing), set(), []
+    while head not in seen:
+        seen.add(head)
         need = missing[head]
-        if need == _NEVER:
+        if need < 0:
             links.append(f"{actions[head]} waits for a result that no earlier cycle makes")
             break
         links.append(f"{actions[head]} waits for {actions[need]}")

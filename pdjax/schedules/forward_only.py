@@ -1,6 +1,7 @@
 """Forward passes only, for evaluation."""
 
-from pdjax.schedules.schedule import Action, Schedule
+from pdjax.schedules.action import Action
+from pdjax.schedules.schedule import Schedule
 
 
 def forward_only(num_stages: int, num_microbatches: int) -> Schedule:

@@ -1,6 +1,7 @@
 """GPipe: all forward passes, then all backward passes."""
 
-from pdjax.schedules.schedule import Action, Schedule
+from pdjax.schedules.action import Action
+from pdjax.schedules.schedule import Schedule
 
 
 def gpipe(num_stages: int, num_microbatches: int) -> Schedule:
@@ -15,7 +16,8 @@ def gpipe(num_stages: int, num_microbatches: int) -> Schedule:
     Synchronous: use it with the weight rule `LATEST`. All m microbatches are in flight at the
     peak. With equal stages the share of idle time is (n - 1) / (m + n - 1).
 
-    Departs from the paper in that activations are recomputed only if the `Pipeline` is told to.
+    Departs from the paper in that activations are recomputed only if an option of the `Pipeline`
+    says so.
 
     Args:
         num_stages: number of stages n.

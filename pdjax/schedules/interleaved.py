@@ -2,9 +2,9 @@
 
 from itertools import pairwise
 
-from pdjax.schedules.building import alternate
-from pdjax.schedules.chunks import num_workers_of
-from pdjax.schedules.schedule import Action, ActionKind, Schedule
+from pdjax.schedules.action import Action, ActionKind
+from pdjax.schedules.building import alternate, num_workers_of
+from pdjax.schedules.schedule import Schedule
 
 
 def interleaved(num_stages: int, num_microbatches: int, *, num_chunks: int = 2) -> Schedule:

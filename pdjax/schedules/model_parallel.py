@@ -1,6 +1,7 @@
 """Model parallelism without pipelining."""
 
-from pdjax.schedules.schedule import Action, Schedule
+from pdjax.schedules.action import Action
+from pdjax.schedules.schedule import Schedule
 
 
 def model_parallel(num_stages: int, num_microbatches: int = 1) -> Schedule:

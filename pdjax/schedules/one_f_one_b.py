@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from pdjax.schedules.action import Action
 from pdjax.schedules.building import alternate, in_turns, replicas_of, warm_ups
-from pdjax.schedules.schedule import Action, Schedule
+from pdjax.schedules.schedule import Schedule
 
 
 def one_f_one_b(

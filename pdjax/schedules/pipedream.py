@@ -3,8 +3,9 @@
 import math
 from collections.abc import Sequence
 
+from pdjax.schedules.action import Action
 from pdjax.schedules.building import replicas_of, warm_ups
-from pdjax.schedules.schedule import Action, Schedule
+from pdjax.schedules.schedule import Schedule
 
 
 def pipedream(

@@ -1,7 +1,8 @@
 """PipeDream-2BW: never flushed, an update for each minibatch, two versions of the weights."""
 
+from pdjax.schedules.action import Action
 from pdjax.schedules.building import warm_ups
-from pdjax.schedules.schedule import Action, Schedule
+from pdjax.schedules.schedule import Schedule
 
 
 def pipedream_2bw(num_stages: int, num_microbatches: int, *, slack: int = 0) -> Schedule:

@@ -1,9 +1,9 @@
 """A pipeline schedule as a value.
 
-A schedule is, for every worker, the list of its actions during one *cycle*, which then repeats for
-ever. A cycle is the time in which the training loop hands over one minibatch of m microbatches (or
-a few minibatches, where replicas take turns), so a microbatch is numbered relative to the first one
-of the cycle. A negative number reaches back: in PipeDream a worker runs, cycle after cycle,
+A schedule is, for every worker, the list of its actions during one *cycle*, which then repeats. A
+cycle is the time in which the training loop hands over one minibatch of m microbatches (or a few
+minibatches, where replicas take turns), so a microbatch is numbered relative to the first one of
+the cycle. A negative number reaches back: in PipeDream a worker runs, cycle after cycle,
 
     F0  B-2  U-2        the forward of the newcomer, the backward and update of the one before last
 
@@ -19,43 +19,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any
 
+from pdjax.schedules.action import FORWARD, KINDS, LETTERS, Action, ScheduleError
 from pdjax.schedules.columns import Columns
+from pdjax.schedules.text import Grid, listed, read_action
 
-ActionKind = Literal["F", "B", "I", "W", "U"]
-"""Forward pass; backward pass, or its two parts: input (the cotangents that the stage before waits
-for) and weight (the gradients); update of the weights."""
-
-
-class Action(NamedTuple):
-    """One thing that a worker does.
-
-    Attributes:
-        kind: ``"F"``, ``"B"``, ``"I"``, ``"W"`` or ``"U"``.
-        stage: the stage that it is done for.
-        microbatch: the microbatch; for an update the last one whose gradient it applies.
-    """
-
-    kind: ActionKind
-    stage: int
-    microbatch: int
-
-    def __str__(self) -> str:
-        return f"{self.stage}{self.kind}{self.microbatch}"
-
-    def shifted(self, by: int) -> Action:
-        """The same action for the microbatch `by` further on."""
-        return Action(self.kind, self.stage, self.microbatch + by)
-
-
-class ScheduleError(ValueError):
-    """A schedule that cannot be run; the text shows it as a grid with the action marked."""
+_FARTHEST = 10**6  # microbatches that an action may reach back
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What every worker does in one cycle, in order.
+    """The actions of every worker in one cycle, in order.
 
     ``print(schedule)`` shows it as a grid, which `Schedule.parse` reads back.
 
@@ -92,16 +67,17 @@ class Schedule:
         for what, count in counts.items():
             if count < 1:
                 raise ScheduleError(f"got {count} {what}; expected at least one.")
-        kinds, stages, brought = frozenset("FBIWU"), self.num_stages, self.cycle
+        lowest = {kind: 0 if kind == FORWARD else -_FARTHEST for kind in KINDS}
+        stages, brought = self.num_stages, self.cycle
         for kind, stage, microbatch in self.actions:
-            if kind not in kinds or not 0 <= stage < stages or microbatch >= brought:
-                self._refuse(Action(kind, stage, microbatch))
-            if microbatch < (0 if kind == "F" else -(10**6)):
+            if not 0 <= stage < stages or not lowest.get(kind, brought) <= microbatch < brought:
                 self._refuse(Action(kind, stage, microbatch))
 
     def _refuse(self, action: Action) -> None:
-        if action.kind not in ("F", "B", "I", "W", "U"):
-            raise ScheduleError(f"unknown action {action}; expected a kind of F, B, I, W or U.")
+        if action.kind not in KINDS:
+            raise ScheduleError(
+                f"unknown action {action}; expected a kind of {listed(LETTERS, 'or')}."
+            )
         if not 0 <= action.stage < self.num_stages:
             raise ScheduleError(
                 f"{action} names stage {action.stage}; expected 0 to {self.num_stages - 1}."
@@ -113,9 +89,8 @@ class Schedule:
         )
 
     def __str__(self) -> str:
-        from pdjax.schedules.text import to_text
-
-        return to_text(self)
+        sizes = self.num_stages, self.num_microbatches
+        return str(Grid(self.name, *sizes, self.workers, self.num_minibatches))
 
     @property
     def cycle(self) -> int:
@@ -177,7 +152,7 @@ class Schedule:
         return tuple(stage for stage in range(self.num_stages) if worker in self.holders[stage])
 
     def unrolled(self, num_minibatches: int) -> Columns:
-        """What `unroll` writes out, as arrays."""
+        """The actions that `unroll` returns, as arrays."""
         return self.columns.repeated(num_minibatches * self.num_microbatches, self.cycle, self.lag)
 
     def unroll(self, num_minibatches: int) -> tuple[tuple[Action, ...], ...]:
@@ -193,14 +168,12 @@ class Schedule:
         """Reads a schedule from the grid that ``str(schedule)`` is, or one written by hand.
 
         Only the order of a worker's actions counts, not their columns. The first line may be left
-        out, and with it what can be told from the actions.
+        out where the actions imply its figures.
 
         Raises:
             ScheduleError: if there is something else in it; the text names the line.
         """
-        from pdjax.schedules.text import from_text
-
-        return from_text(text)
+        return cls(**vars(Grid.parse(text)))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Schedule:
@@ -238,27 +211,9 @@ class Schedule:
         Raises:
             ScheduleError: if it is something else.
         """
-        from pdjax.schedules.text import read_action
-
         try:
             value: dict[str, Any] = json.loads(text)
             workers = tuple(tuple(map(read_action, worker)) for worker in value.pop("workers"))
             return cls(**value, workers=workers)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ScheduleError(f"this is no schedule in JSON: {error!r}.") from error
-
-
-def inputs_of(action: Action, num_stages: int) -> list[Action]:
-    """The actions whose results an action needs, whoever runs them.
-
-    Where the backward pass of the next stage is divided, its input part is what a stage waits for;
-    it stands here as ``B``. An update needs the gradients of its own stage; that is a matter of
-    its worker's order.
-    """
-    kind, stage, microbatch = action
-    if kind == "F":
-        return [Action("F", stage - 1, microbatch)] if stage > 0 else []
-    if kind in ("B", "I"):
-        later = [Action("B", stage + 1, microbatch)] if stage + 1 < num_stages else []
-        return [Action("F", stage, microbatch), *later]
-    return [Action(cast(ActionKind, "I" if kind == "W" else "B"), stage, microbatch)]

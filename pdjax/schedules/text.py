@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
 
+from pdjax.schedules.action import FORWARD, LETTERS, Action, ActionKind, ScheduleError
 from pdjax.schedules.columns import Columns
-from pdjax.schedules.schedule import Action, ActionKind, Schedule, ScheduleError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from pdjax.schedules.walk import slots_of
 
 _ACTION = re.compile(r"(\d+)([A-Z])(-?\d+)")
 _ROW = re.compile(r"worker\s+(\d+)\s*:(.*)")
@@ -21,15 +20,45 @@ _HEADER = re.compile(
 _MOST_COLUMNS, _MOST_ROWS = 40, 24  # of a grid in an error
 
 
-def to_text(schedule: Schedule) -> str:
-    """A line with the figures, and the grid."""
-    lines = [
-        f"{schedule.name}: {_count(schedule.num_stages, 'stage')}, "
-        f"{_count(schedule.num_microbatches, 'microbatch')}"
-    ]
-    if schedule.num_minibatches > 1:
-        lines[0] += f", cycle of {schedule.num_minibatches} minibatches"
-    return "\n".join([*lines, draw(schedule.workers)])
+@dataclass(frozen=True)
+class Grid:
+    """The content of a grid: the arguments of a `pdjax.schedules.Schedule`."""
+
+    name: str
+    num_stages: int
+    num_microbatches: int
+    workers: tuple[tuple[Action, ...], ...]
+    num_minibatches: int
+
+    def __str__(self) -> str:
+        header = (
+            f"{self.name}: {_count(self.num_stages, 'stage')}, "
+            f"{_count(self.num_microbatches, 'microbatch')}"
+        )
+        if self.num_minibatches > 1:
+            header += f", cycle of {self.num_minibatches} minibatches"
+        return f"{header}\n{draw(self.workers)}"
+
+    @classmethod
+    def parse(cls, text: str) -> Grid:
+        """Reads a grid; see `pdjax.schedules.Schedule.parse`.
+
+        Raises:
+            ScheduleError: if there is something else in it; the text names the line.
+        """
+        header, workers = _read(text)
+        if header is not None:
+            return cls(
+                header["name"],
+                int(header["stages"]),
+                int(header["microbatches"]),
+                workers,
+                int(header["minibatches"] or 1),
+            )
+        actions = [action for worker in workers for action in worker]
+        stages = 1 + max((action.stage for action in actions), default=0)
+        brought = 1 + max((a.microbatch for a in actions if a.kind == FORWARD), default=0)
+        return cls("custom", stages, brought, workers, 1)
 
 
 def _count(number: int, what: str) -> str:
@@ -37,8 +66,8 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{plural}"
 
 
-def from_text(text: str) -> Schedule:
-    """Reads a grid; see `Schedule.parse`."""
+def _read(text: str) -> tuple[re.Match[str] | None, tuple[tuple[Action, ...], ...]]:
+    """The first line of a grid, if it has figures, and the rows of workers."""
     header: re.Match[str] | None = None
     workers: list[tuple[Action, ...]] = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -59,26 +88,20 @@ def from_text(text: str) -> Schedule:
             )
     if not workers:
         raise ScheduleError("there is no row; expected one such as 'worker 0: 0F0 0B0 0U0'.")
-    actions = [action for worker in workers for action in worker]
-    if header is None:
-        stages = 1 + max((action.stage for action in actions), default=0)
-        brought = 1 + max((a.microbatch for a in actions if a.kind == "F"), default=0)
-        return Schedule("custom", stages, brought, tuple(workers))
-    return Schedule(
-        header["name"],
-        int(header["stages"]),
-        int(header["microbatches"]),
-        tuple(workers),
-        int(header["minibatches"] or 1),
-    )
+    return header, tuple(workers)
 
 
 def _read_row(text: str, line: int) -> Iterator[Action]:
-    for word in text.replace("|", " ").split():  # the bar before what waits for ever
+    for word in text.replace("|", " ").split():  # a bar stands before actions that never start
         try:
             yield read_action(word)
         except ScheduleError as error:
             raise ScheduleError(f"line {line}: {error}") from None
+
+
+def listed(names: Sequence[str], last: str) -> str:
+    """Names one after the other, with a word before the last of several."""
+    return f" {last} ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def read_action(text: str) -> Action:
@@ -88,9 +111,9 @@ def read_action(text: str) -> Action:
         ScheduleError: if it is none.
     """
     found = _ACTION.fullmatch(text)
-    if not found or found[2] not in "FBIWU":
+    if not found or found[2] not in LETTERS:
         raise ScheduleError(
-            f"{text!r} is no action; expected the stage, one of F, B, I, W and U, and the "
+            f"{text!r} is no action; expected the stage, one of {listed(LETTERS, 'and')}, and the "
             "microbatch, such as 2F0."
         )
     return Action(cast(ActionKind, found[2]), int(found[1]), int(found[3]))
@@ -103,9 +126,9 @@ def draw(workers: Sequence[Sequence[Action]], mark: Action | None = None) -> str
     can start stand after a bar. `mark` is set between arrows, and of a large grid only what is
     around it is drawn.
     """
-    slots = Columns.of(workers).slots()
-    end = 1 + int(slots.max(initial=-1))
-    each = iter(slots.tolist())
+    slots = slots_of(Columns.of(workers))
+    end = 1 + max(slots, default=-1)
+    each = iter(slots)
     rows: list[list[str]] = []
     for worker in workers:
         cells, stuck = [""] * end, []
@@ -116,7 +139,7 @@ def draw(workers: Sequence[Sequence[Action]], mark: Action | None = None) -> str
             else:
                 stuck.append(text)
         rows.append(cells + (["|", *stuck] if stuck else []))
-    return _laid_out(rows, mark)
+    return _aligned(rows, mark)
 
 
 def failure(problem: str, workers: Sequence[Sequence[Action]], action: Action) -> ScheduleError:
@@ -124,7 +147,8 @@ def failure(problem: str, workers: Sequence[Sequence[Action]], action: Action) -
     return ScheduleError(f"the schedule cannot be run: {problem}.\n{draw(workers, mark=action)}")
 
 
-def _laid_out(rows: list[list[str]], mark: Action | None) -> str:
+def _aligned(rows: list[list[str]], mark: Action | None) -> str:
+    """Lines whose columns are equally wide; around a mark only what has room."""
     numbers = list(range(len(rows)))
     before = after = ""
     if mark is not None:

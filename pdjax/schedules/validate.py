@@ -1,8 +1,8 @@
-"""Whether a schedule can be run, and does what a training step must do.
+"""Whether a schedule can be run, and makes complete training steps.
 
-`validate` looks at the schedule written out over enough minibatches that its beginning, its steady
-state and its drain all occur. What it accepts, the executor runs as it stands. Nothing here imports
-JAX.
+`validate` checks the schedule written out over enough minibatches that its beginning, its steady
+state and its drain all occur. The executor runs every schedule that passes, as it stands. Nothing
+here imports JAX.
 """
 
 from __future__ import annotations
@@ -11,13 +11,33 @@ from typing import Any
 
 import numpy as np
 
-from pdjax.schedules.columns import KINDS, B, F, I, U, W
-from pdjax.schedules.dispatch import check_order
-from pdjax.schedules.phases import dispatch_phases
-from pdjax.schedules.schedule import Action, ActionKind, Schedule, ScheduleError
+from pdjax.schedules.action import (
+    BACKWARD,
+    FORWARD,
+    KINDS,
+    LETTERS,
+    Action,
+    ActionKind,
+    ScheduleError,
+    makers_of,
+)
+from pdjax.schedules.dispatch import check_order, dispatch_phases
+from pdjax.schedules.schedule import Schedule
 from pdjax.schedules.text import failure
 from pdjax.schedules.versions import delay_of, versions_read
 from pdjax.schedules.weight_rule import LATEST, WeightRule
+
+_FORWARD = LETTERS.index(FORWARD)
+_BACKWARD = [[LETTERS.index(kind) for kind in form] for form in BACKWARD]
+_UPDATES = [LETTERS.index(kind) for kind in makers_of("weights")]
+_IN_ORDER = [
+    (LETTERS.index(earlier), code)
+    for code, row in enumerate(KINDS.values())
+    for need in row.needs
+    if not need.step and not need.whole_round
+    for earlier in makers_of(need.result)
+]
+"""Pairs of kinds, of which on every stage the first comes before the second."""
 
 
 def validate(schedule: Schedule, rule: WeightRule) -> None:
@@ -27,7 +47,7 @@ def validate(schedule: Schedule, rule: WeightRule) -> None:
     pass or in an input and a weight part; all on one worker. A stage is on one worker, or its
     replicas take microbatches in turns. Every stage has one update for each minibatch (of an
     asynchronous schedule with replicas, for each round of them), after all its gradients were
-    computed. No worker waits for ever. All passes of a microbatch read the same version of the
+    computed. Every worker gets to its end. All passes of a microbatch read the same version of the
     weights, which is there.
 
     Raises:
@@ -73,21 +93,28 @@ class Check:
         c, shape = self.columns, (len(KINDS), self.schedule.num_stages, self.fed)
         slot = np.ravel_multi_index((c.kind, c.stage, c.microbatch), shape)
         counts = np.bincount(slot, minlength=int(np.prod(shape))).reshape(shape)
-        passes = counts[[F, B, I, W]]
-        if (passes > 1).any():
-            self._fail_at("is repeated", passes > 1)
-        mixed = (counts[B] > 0) & ((counts[I] > 0) | (counts[W] > 0))
+        repeated = counts > 1
+        repeated[_UPDATES] = False
+        if repeated.any():
+            self._fail_at("is repeated", repeated)
+        used = np.stack([(counts[codes] > 0).any(axis=0) for codes in _BACKWARD])
+        mixed = used.sum(axis=0) > 1
         if mixed.any():
             stage, microbatch = np.argwhere(mixed)[0].tolist()
+            whole, parts = BACKWARD
+            action = Action(whole[0], stage, microbatch)
             self._fail(
-                f"{Action('B', stage, microbatch)} is mixed with I or W of the same microbatch; "
+                f"{action} is mixed with {' or '.join(parts)} of the same microbatch; "
                 "expected either one backward pass or its two parts",
-                Action("B", stage, microbatch),
+                action,
             )
-        divided = (counts[I] > 0) | (counts[W] > 0)
-        expected = np.stack([np.ones_like(divided), ~divided, divided, divided])
-        if (passes < expected).any():
-            self._fail_at("is missing", passes < expected)
+        used[0] = ~used[1:].any(axis=0)
+        expected = np.zeros(shape, bool)
+        expected[_FORWARD] = True
+        for codes, form in zip(_BACKWARD, used, strict=True):
+            expected[codes] = form
+        if (counts < expected).any():
+            self._fail_at("is missing", counts < expected)
 
     def _places(self) -> None:
         """All passes of a microbatch are on one worker; replicas take turns."""
@@ -95,13 +122,13 @@ class Check:
         where = self._positions()
         replicas = np.array(self.schedule.replicas)
         for stage in np.flatnonzero(replicas > 1).tolist():
-            mine = self.position[(c.stage == stage) & (c.kind != U)]
-            first = where[F, stage, c.microbatch[mine]]
+            mine = self.position[(c.stage == stage) & ~c.makes("weights")]
+            first = where[_FORWARD, stage, c.microbatch[mine]]
             apart = mine[c.worker[mine] != c.worker[first]]
             if apart.size:
                 later = self._action(apart[0])
-                action = Action("F", stage, later.microbatch)
-                at = c.worker[where[F, stage, later.microbatch]]
+                action = Action(FORWARD, stage, later.microbatch)
+                at = c.worker[where[_FORWARD, stage, later.microbatch]]
                 self._fail(
                     f"{action} is on worker {at} and {later} on worker {c.worker[apart[0]]}; "
                     "expected all passes of a microbatch on one worker",
@@ -120,10 +147,10 @@ class Check:
                 )
 
     def _order(self) -> None:
-        """On its worker F comes before B or I, and I before W."""
+        """On its worker a pass comes after those whose results it needs, such as F before B."""
         c = self.columns
         where = self._positions()
-        for first, later in ((F, B), (F, I), (I, W)):
+        for first, later in _IN_ORDER:
             at = self.position[c.kind == later]
             before = where[first, c.stage[at], c.microbatch[at]]
             late = np.flatnonzero(before > at)
@@ -154,8 +181,8 @@ class Check:
     def _updates_of(self, here: np.ndarray, size: int) -> None:
         """Checks the updates of one stage on one worker, whose actions are at `here`."""
         c = self.columns
-        gradients = here[np.isin(c.kind[here], (B, W))]
-        updates = here[c.kind[here] == U]
+        mine = c.take(here)
+        gradients, updates = here[mine.makes("gradients")], here[mine.makes("weights")]
         due = c.microbatch[gradients] // size  # the update that is to apply each gradient
         applying = np.searchsorted(updates, gradients)
         early = np.flatnonzero(applying > due)
@@ -168,7 +195,8 @@ class Check:
             update = self._action(gradients[due >= len(updates)][-1])
             text = f"no update applies the gradient of {update}"
         elif len(updates) < len(last):  # of others' gradients: a replica applies those as well
-            update = self._action(here[-1])._replace(kind="U", microbatch=int(last[len(updates)]))
+            stage = int(c.stage[here[0]])
+            update = Action(_kind(_UPDATES[0]), stage, int(last[len(updates)]))
             text = f"{update} is missing on worker {c.worker[here[0]]}"
         elif len(updates) > len(last) or (c.microbatch[updates] != last).any():
             wrong = [*(c.microbatch[updates[: len(last)]] != last), True].index(True)
@@ -192,7 +220,7 @@ class Check:
         if read.missing.any():
             at = int(np.argmax(read.missing))
             back = self._action(read.at[at])
-            action = Action("F", back.stage, back.microbatch)
+            action = Action(FORWARD, back.stage, back.microbatch)
             self._fail(
                 f"{action} would read version {read.forward[at]} of the weights before an update "
                 f"makes it, under the weight rule {self.rule.name!r}",
@@ -222,8 +250,8 @@ class Check:
         return Action(_kind(int(c.kind[at])), int(c.stage[at]), int(c.microbatch[at]))
 
     def _fail_at(self, problem: str, wrong: np.ndarray) -> None:
-        group, stage, microbatch = np.argwhere(wrong)[0].tolist()
-        action = Action(_kind((F, B, I, W)[group]), stage, microbatch)
+        code, stage, microbatch = np.argwhere(wrong)[0].tolist()
+        action = Action(_kind(code), stage, microbatch)
         self._fail(f"{action} {problem}", action)
 
     def _fail(self, problem: str, action: Action) -> None:
@@ -232,4 +260,4 @@ class Check:
 
 
 def _kind(code: int) -> ActionKind:
-    return KINDS[code]  # type: ignore[return-value]  # one letter of the five
+    return tuple(KINDS)[code]

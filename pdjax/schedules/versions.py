@@ -10,13 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pdjax.schedules.columns import B, Columns, F, I, U, W
-from pdjax.schedules.schedule import Action, Schedule
+from pdjax.column_table import ColumnTable
+from pdjax.schedules.action import KINDS, Action
+from pdjax.schedules.columns import Columns
+from pdjax.schedules.schedule import Schedule
 from pdjax.schedules.weight_rule import WeightRule
 
 
 def delay_of(rule: WeightRule, schedule: Schedule) -> int | None:
-    """How many updates behind the forward passes of a minibatch are, once it is under way.
+    """By how many updates forward passes are behind, once a schedule is under way.
 
     Minibatch t, counted from the last drain, reads version ``max(0, t - delay)``. None if a
     forward pass reads whatever is newest.
@@ -26,7 +28,7 @@ def delay_of(rule: WeightRule, schedule: Schedule) -> int | None:
     if rule.forward == "previous":
         return 1
     columns = schedule.unrolled(schedule.lag * schedule.num_minibatches + 2)
-    first = np.flatnonzero((columns.stage == 0) & (columns.kind == F))
+    first = np.flatnonzero((columns.stage == 0) & columns.reads("forward"))
     behind = columns.microbatch // schedule.num_microbatches - newest_versions(columns)
     return int(behind[first].max(initial=0))
 
@@ -34,7 +36,7 @@ def delay_of(rule: WeightRule, schedule: Schedule) -> int | None:
 def newest_versions(columns: Columns) -> np.ndarray:
     """For each action the newest version of its stage on its worker, before the action."""
     by_stage = np.lexsort((np.arange(len(columns)), columns.stage, columns.worker))
-    updates = (columns.kind == U)[by_stage].astype(np.int64)
+    updates = columns.makes("weights")[by_stage].astype(np.int64)
     before = np.cumsum(updates) - updates
     place = columns.worker[by_stage] * (columns.stage.max(initial=0) + 1) + columns.stage[by_stage]
     starts = np.flatnonzero(np.diff(place, prepend=-1))
@@ -45,11 +47,11 @@ def newest_versions(columns: Columns) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class VersionsRead:
+class VersionsRead(ColumnTable):
     """The versions that passes read, one entry for each backward pass or weight part.
 
     Attributes:
-        at: positions of these actions among those that were asked about.
+        at: positions of these actions in the columns.
         forward: version read by the forward pass of the microbatch.
         backward: version read by the pass.
         newest: version that the gradient is applied to, if the update follows at once.
@@ -78,7 +80,7 @@ def versions_read(
             pass is missing or elsewhere are left out.
         rule: the rule.
         num_microbatches: microbatches in a minibatch.
-        delay: what `delay_of` says.
+        delay: the delay by `delay_of`.
     """
     newest = newest_versions(columns)
     forward = newest
@@ -87,9 +89,9 @@ def versions_read(
     span = columns.microbatch.max(initial=0) + 1
     slot = columns.stage * span + columns.microbatch
     where = np.full((columns.stage.max(initial=0) + 1) * span, -1)
-    passes = np.flatnonzero(columns.kind == F)
+    passes = np.flatnonzero(columns.reads("forward"))
     where[slot[passes]] = passes
-    at = np.flatnonzero(np.isin(columns.kind, (B, I, W)))
+    at = np.flatnonzero(columns.reads("backward"))
     source = where[slot[at]]
     together = (source >= 0) & (columns.worker[source] == columns.worker[at])
     at, source = at[together], source[together]
@@ -108,11 +110,10 @@ def peak_in_flight(worker: Sequence[Action], stage: int) -> int:
 
     Where the backward pass is divided, its input part counts.
     """
-    steps = {"F": 1, "B": -1, "I": -1, "W": 0, "U": 0}
     count = peak = 0
     for action in worker:
         if action.stage == stage:
-            count += steps[action.kind]
+            count += KINDS[action.kind].stash
             peak = max(peak, count)
     return peak
 
@@ -131,7 +132,7 @@ def peak_versions(
         stage: one of its stages.
         rule: the rule.
         num_microbatches: microbatches in a minibatch.
-        delay: what `delay_of` says.
+        delay: the delay by `delay_of`.
     """
     columns = Columns.of([worker])
     changes = version_changes(columns, rule, num_microbatches, delay)[columns.stage == stage]
@@ -143,39 +144,69 @@ def version_changes(
 ) -> np.ndarray:
     """By how many each action changes the versions of its stage's weights on its worker.
 
-    Alive are the newest one, those that a stash holds and those that a forward pass is yet to
-    read. An update adds one. A version is gone
-    after the last of these: the update that follows, the last backward pass that reads it, the
-    last forward pass that reads it or an older one.
+    Alive are the newest version, the versions in a stash and the versions that a forward pass is
+    yet to read. An update adds one. A version is gone after the last of these: the update that
+    follows, the last backward pass that reads it, the last forward pass that reads it or an older
+    one.
+
+    Under weight stashing (PipeDream, SOSP 2019, section 3.3) with weights ``w(t+1) = w(t) -
+    lr * grad f(w_0(t-n+1), ..., w_(n-1)(t))`` stage s keeps its n - s newest versions.
+
+    Example:
+        PipeDream with three stages and four minibatches: the versions of each stage after each
+        action. Microbatches 0, 1 and 2 read version 0 of stage 0, so that it has three versions
+        after its second update. Version 0 goes with the last backward pass that reads it, version
+        2 with the update that follows, as no pass reads it.
+
+        >>> from pdjax.schedules import pipedream
+        >>> from pdjax.schedules.weight_rule import STASH
+        >>> columns = pipedream(3).unrolled(4)
+        >>> changes = version_changes(columns, STASH)
+        >>> for start, row in zip(columns.starts, columns.rows()):
+        ...     alive = 1 + np.cumsum(changes[start:])
+        ...     print(*(f"{kind}{b}:{count}" for (kind, _, b), count in zip(row, alive)))
+        F0:1 F1:1 F2:1 B0:1 U0:2 F3:2 B1:2 U1:3 B2:2 U2:2 B3:1 U3:1
+        F0:1 F1:1 B0:1 U0:2 F2:2 B1:1 U1:2 F3:2 B2:1 U2:2 B3:1 U3:1
+        F0:1 B0:1 U0:1 F1:1 B1:1 U1:1 F2:1 B2:1 U2:1 F3:1 B3:1 U3:1
 
     Args:
         columns: a schedule written out, beginning with nothing in flight.
         rule: the rule.
         num_microbatches: microbatches in a minibatch.
-        delay: what `delay_of` says.
+        delay: the delay by `delay_of`.
+
+    Returns:
+        An array of shape (len(columns),).
     """
-    changes = (columns.kind == U).astype(np.int64)
+    # 1. A slot for each version of each stage on each worker (its place). Version v of place p is
+    #    slot first[p] + v; `sizes` and `first` have shape (num_places,).
+    changes = columns.makes("weights").astype(np.int64)
     place = columns.worker * (columns.stage.max(initial=0) + 1) + columns.stage
-    sizes = np.bincount(place, weights=changes).astype(np.int64) + 1  # versions at each place
+    sizes = np.bincount(place, weights=changes).astype(np.int64) + 1
     first = np.cumsum(sizes) - sizes
-    gone = np.full(int(sizes.sum()), -1)
+    # 2. For each slot the last action that keeps it alive; shape (sizes.sum(),).
+    last = np.full(int(sizes.sum()), -1)
 
-    def until(at: np.ndarray, version: np.ndarray) -> None:
+    def keep(at: np.ndarray, version: np.ndarray) -> None:
         slot = first[place[at]] + np.minimum(version, sizes[place[at]] - 1)
-        np.maximum.at(gone, slot, at)
+        np.maximum.at(last, slot, at)
 
+    # 2a. A forward pass keeps the version that it reads and, as the next ones read no older one,
+    #     all versions from there on.
     newest = newest_versions(columns)
     if delay is not None:
-        forwards = np.flatnonzero(columns.kind == F)
-        until(forwards, np.maximum(columns.microbatch[forwards] // num_microbatches - delay, 0))
+        forwards = np.flatnonzero(columns.reads("forward"))
+        keep(forwards, np.maximum(columns.microbatch[forwards] // num_microbatches - delay, 0))
         for start, stop in zip(first, first + sizes, strict=True):
-            np.maximum.accumulate(gone[start:stop], out=gone[start:stop])
+            np.maximum.accumulate(last[start:stop], out=last[start:stop])
+    # 2b. A backward pass keeps the version that its forward pass read.
     if rule.backward == "stashed":
         read = versions_read(columns, rule, num_microbatches, delay)
-        last = np.isin(columns.kind[read.at], (B, W))
-        until(read.at[last], read.forward[last])
+        keep(read.at, read.forward)
+    # 2c. An update keeps the version that it replaces.
     updates = np.flatnonzero(changes)
-    until(updates, newest[updates])
-    gone[first + sizes - 1] = -1  # the newest one stays
-    np.subtract.at(changes, gone[gone >= 0], 1)
+    keep(updates, newest[updates])
+    # 3. After its last action a version is gone; the newest one of each place stays.
+    last[first + sizes - 1] = -1
+    np.subtract.at(changes, last[last >= 0], 1)
     return changes

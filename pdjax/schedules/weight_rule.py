@@ -1,7 +1,7 @@
 """Which version of the weights a pass reads.
 
 The schedule says *when* a stage computes, the weight rule *with which weights*. Version v of a
-stage's weights is what v updates have made of its initial weights, version 0. A rule is a value;
+stage's weights is the result of v updates to its initial weights, version 0. A rule is a value;
 the validator, the memory count, the simulator and the executor read the same one. Nothing here
 imports JAX.
 """
@@ -18,9 +18,10 @@ class WeightRule:
 
     Attributes:
         name: the rule's name.
-        forward: what the forward pass reads: ``"newest"``, the newest version of the stage;
-            ``"previous"``, that with which the minibatch before began on the first stage, the same
-            for a whole minibatch; ``"entry"``, that which the first stage read for the microbatch.
+        forward: the version that the forward pass reads: ``"newest"``, the newest one of the
+            stage; ``"previous"``, the one with which the minibatch before began on the first stage,
+            the same for a whole minibatch; ``"entry"``, the one that the first stage read for the
+            microbatch.
         backward: ``"newest"``: the backward pass reads the newest version, which must be the
             one that the forward pass read; ``"stashed"``: it reads the version that the forward
             pass read, kept until then.

@@ -1,7 +1,8 @@
 """Zero bubble, first handcrafted form: the memory of 1F1B, a third of its bubble."""
 
+from pdjax.schedules.action import Action
 from pdjax.schedules.building import alternate, in_turns
-from pdjax.schedules.schedule import Action, Schedule
+from pdjax.schedules.schedule import Schedule
 
 
 def zero_bubble_h1(num_stages: int, num_microbatches: int) -> Schedule:

@@ -3,8 +3,9 @@
 from collections import defaultdict
 from itertools import count
 
-from pdjax.schedules.chunks import num_workers_of
-from pdjax.schedules.schedule import Action, Schedule
+from pdjax.schedules.action import Action
+from pdjax.schedules.building import num_workers_of
+from pdjax.schedules.schedule import Schedule
 
 
 def zero_bubble_v(num_stages: int, num_microbatches: int, *, num_chunks: int = 2) -> Schedule:

@@ -1,6 +1,6 @@
-"""Schedules without devices: what happens when, what is sent, what is held.
+"""Schedules without devices: the times, the transfers and the memory of a run.
 
-`simulate` makes a `pdjax.timeline.Timeline` of a schedule and of what its stages cost; `compare`
+`simulate` makes a `pdjax.timeline.Timeline` of a schedule and the costs of its stages; `compare`
 simulates all schedules for a plan, and `choose` takes the best. Nothing here imports JAX.
 """
 

@@ -10,49 +10,50 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pdjax.schedules.columns import B, Columns, U, W
+from pdjax.schedules.columns import Columns
+from pdjax.schedules.dependencies import Rounds
 from pdjax.simulate.messages import Messages
-from pdjax.simulate.network import route
+from pdjax.simulate.network import find_links
 from pdjax.simulate.stage_cost import StageCost
 from pdjax.topology.topology import Topology
 
 
 @dataclass(frozen=True, eq=False)
-class Reduces:
-    """The all-reduces of one stage, in order.
+class AllReduces:
+    """The all-reduces of one stage, in order: one for each round.
 
     Attributes:
         stage: the stage.
         workers: its workers in the schedule, in the order of the ring.
-        microbatch: for each all-reduce the last microbatch that it is of.
+        rounds: the gradients that each all-reduce waits for, and the updates that wait for it.
         seconds: how long each takes.
-        num_bytes: what each worker sends to the next one of the ring.
-        gradients: pairs of the last gradient of a worker and the number of the all-reduce.
-        updates: pairs of the number of the all-reduce and an update that waits for it.
+        num_bytes: the bytes that each worker sends to the next one of the ring.
     """
 
     stage: int
     workers: tuple[int, ...]
-    microbatch: np.ndarray
+    rounds: Rounds
     seconds: float
     num_bytes: float
-    gradients: np.ndarray
-    updates: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rounds.microbatch)
 
     def messages(self, first: int) -> Messages:
-        """What they wait for and what waits for them, if they are tasks from `first` on."""
-        source = np.concatenate([self.gradients[0], self.updates[0] + first])
-        target = np.concatenate([self.gradients[1] + first, self.updates[1]])
+        """Their messages from gradients and to updates, if they are tasks from `first` on."""
+        gradients, updates = self.rounds.gradients, self.rounds.updates
+        source = np.concatenate([gradients[0], updates[0] + first])
+        target = np.concatenate([gradients[1] + first, updates[1]])
         return Messages(source, target, np.zeros(len(source)))
 
 
-def reduces_of(
+def all_reduces_of(
     columns: Columns,
     costs: Sequence[StageCost],
     holders: Sequence[Sequence[int]],
     workers: np.ndarray,
     topology: Topology | None,
-) -> list[Reduces]:
+) -> list[AllReduces]:
     """The all-reduces of all stages that have replicas.
 
     A ring: each worker sends 2 (r - 1) / r of the gradients' bytes to the next one, all at the
@@ -70,28 +71,12 @@ def reduces_of(
         if len(mine) > 1:
             num_bytes = 2 * (len(mine) - 1) / len(mine) * costs[stage].gradient_bytes
             seconds = num_bytes / _slowest(workers[list(mine)], topology)
-            gradients, updates, microbatch = _rounds(columns, stage)
-            found.append(
-                Reduces(stage, tuple(mine), microbatch, seconds, num_bytes, gradients, updates)
-            )
+            rounds = Rounds.of(columns, stage)
+            found.append(AllReduces(stage, tuple(mine), rounds, seconds, num_bytes))
     return found
 
 
 def _slowest(ring: np.ndarray, topology: Topology | None) -> float:
     if topology is None:
         return np.inf
-    return float(route(topology, ring, np.roll(ring, -1)).bytes_per_s.min())
-
-
-def _rounds(columns: Columns, stage: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The gradients and the updates of each round of a stage, and its last microbatch."""
-    mine = columns.stage == stage
-    updates = np.flatnonzero(mine & (columns.kind == U))
-    gradients = np.flatnonzero(mine & np.isin(columns.kind, (B, W)))
-    microbatch, round_ = np.unique(columns.microbatch[updates], return_inverse=True)
-    last = np.full((columns.num_workers, len(microbatch)), -1)
-    of = np.searchsorted(microbatch, columns.microbatch[gradients])
-    np.maximum.at(last, (columns.worker[gradients], of), gradients)
-    # in the last round of a run a replica may have no gradient at all
-    worker, some = np.nonzero(last >= 0)
-    return np.stack([last[worker, some], some]), np.stack([round_, updates]), microbatch
+    return float(find_links(topology, ring, np.roll(ring, -1)).bytes_per_s.min())

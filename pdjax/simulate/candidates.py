@@ -1,4 +1,4 @@
-"""The schedules that may run a plan, each with what its stages cost and where they are.
+"""The schedules that may run a plan, each with the costs and the workers of its stages.
 
 Nothing here imports JAX.
 """
@@ -26,7 +26,7 @@ class Candidate:
     """A schedule that may run a plan.
 
     Attributes:
-        name: of the algorithm, or what a schedule of another kind is called.
+        name: of the algorithm, or of a schedule of another kind.
         schedule: the schedule.
         costs: of each of its stages, for microbatches of its size.
         rule: which version of the weights each pass reads.
@@ -44,7 +44,7 @@ class Candidate:
     def timeline(
         self, topology: Topology | None = None, num_minibatches: int | None = None
     ) -> Timeline:
-        """What happens when.
+        """The timeline of a run.
 
         Args:
             topology: how the workers are joined; if None, transfers take no time.
@@ -70,7 +70,7 @@ class Candidates:
 
     Args:
         plan: which layers make up which stage, on which workers.
-        profile: its layers; None if there is nothing but what the plan predicts for its stages.
+        profile: its layers; None if there is only the prediction in the plan.
         topology: the workers; None if they are all alike.
         num_microbatches: microbatches in a minibatch, of the size that the figures are for. A
             schedule that divides minibatches otherwise has larger or smaller ones.
@@ -160,16 +160,16 @@ class Candidates:
         return tuple(workers) if len(workers) == count else tuple(range(count))
 
     def _costs(self, schedule: Schedule) -> tuple[Sequence[StageCost], str]:
-        """What the stages of a schedule cost, and how they differ from those of the plan."""
+        """The costs of a schedule's stages, and how they differ from the plan's stages."""
         if schedule.replicas == self.plan.replicas:
             return self.costs, ""
         count = schedule.num_stages
         if self.profile is not None:
-            return self._cut_anew(self.profile, schedule), f"cut into {count} stages"
+            return self._cut_evenly(self.profile, schedule), f"cut into {count} stages"
         unknown = "" if self.plan.num_stages > 1 else ", transfers unknown"
         return self._evenly(count), f"taken as {count} equal stages{unknown}"
 
-    def _cut_anew(self, profile: Profile, schedule: Schedule) -> Sequence[StageCost]:
+    def _cut_evenly(self, profile: Profile, schedule: Schedule) -> Sequence[StageCost]:
         """Stages that take about equally long."""
         together = (*profile.inseparable, *(() if schedule.flushes else profile.tied))
         cuts = [int(layer.cut_bytes) for layer in profile.layers]

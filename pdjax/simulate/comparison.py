@@ -14,7 +14,7 @@ from pdjax.schedules import ALGORITHMS, Schedule
 from pdjax.simulate.candidates import Candidate, Candidates
 from pdjax.simulate.memory import peak_bytes
 from pdjax.simulate.steady_state import staleness, steady_s
-from pdjax.simulate.task_graph import LaidOut
+from pdjax.simulate.task_graph import TaskGraph
 from pdjax.topology.topology import Topology
 from pdjax.units import format_bytes, format_rate, format_seconds, lay_out
 
@@ -24,17 +24,17 @@ _MICROBATCHES = 4  # for each worker: GPipe's paper finds the bubble negligible 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What running a plan by a schedule takes.
+    """The figures of a plan under a schedule.
 
     Attributes:
         name: of the schedule.
         minibatch_s: seconds for each minibatch, once under way.
         bubble_share: the share of the workers' time in which they wait.
         peak_bytes: the most that a worker holds at once.
-        fits: whether every worker has the memory for what it holds.
+        fits: whether every worker has memory enough.
         staleness: how many updates old the oldest gradients are when they are applied; 0 if the
             schedule is synchronous.
-        sent_bytes: what all workers together send for each minibatch.
+        sent_bytes: bytes that all workers together send for each minibatch.
         note: how its stages differ from those of the plan; "" if they do not.
     """
 
@@ -58,8 +58,8 @@ class Comparison:
         num_microbatches: microbatches in a minibatch, of the size that the figures were for.
         batch_size: examples in such a microbatch; None if unknown.
         topology: the machines; None if transfers take no time.
-        outcomes: what each schedule takes.
-        candidates: for each outcome what was simulated.
+        outcomes: the figures of each schedule.
+        candidates: for each outcome the simulated candidate.
         left_out: pairs of a schedule and why it cannot run.
     """
 
@@ -93,15 +93,15 @@ def compare(
     """Simulates schedules for a plan.
 
     A schedule that needs other stages than the plan has (several on each worker, or no replicas)
-    gets its own: with a profile the model is cut anew into stages that take about equally long,
+    gets its own: with a profile the model is cut into other stages that take about equally long,
     without one it is taken to divide evenly. All schedules are given the same minibatches. One
     that runs a minibatch as one microbatch, such as PipeDream, is taken to need as many times
     longer for it, and to stash as many times more.
 
     Args:
         plan: which layers make up which stage, on which workers.
-        profile: its layers; if None, what the plan predicts for its stages is used.
-        topology: the machines; those that the plan was made for if None.
+        profile: its layers; if None, the predictions of the plan for its stages are used.
+        topology: the machines; the plan's own if None.
         num_microbatches: microbatches in a minibatch, each of the size that the figures are for; if
             None, as many as the plan was made for, or four for each worker if that was one.
         schedules: names of algorithms, or schedules; if None, all algorithms.
@@ -140,7 +140,7 @@ def compare(
 
 
 def outcome_of(candidate: Candidate, topology: Topology | None) -> Outcome:
-    """What running a candidate takes.
+    """The figures of a candidate.
 
     Raises:
         ValueError: if the topology has fewer workers.
@@ -149,7 +149,9 @@ def outcome_of(candidate: Candidate, topology: Topology | None) -> Outcome:
     minibatch_s = steady_s(schedule, costs, topology, workers=workers)
     peaks = peak_bytes(schedule, costs, candidate.rule)
     limits = topology.memory_bytes if topology else ()
-    cycle = LaidOut(schedule, schedule.unrolled(schedule.num_minibatches), costs, topology, workers)
+    cycle = TaskGraph(
+        schedule, schedule.unrolled(schedule.num_minibatches), costs, topology, workers
+    )
     busy = cycle.busy_s / schedule.num_minibatches / len(schedule.workers)
     return Outcome(
         name=candidate.name,
@@ -212,7 +214,7 @@ def describe(outcomes: Sequence[Outcome], examples: int = 0) -> str:
 
 
 def planned_topology(plan: Plan) -> Topology | None:
-    """The machines that a plan was made for; None if it does not say."""
+    """The machines that a plan was made for; None if it has no prediction."""
     return Topology.parse(plan.prediction.topology) if plan.prediction else None
 
 

@@ -1,4 +1,4 @@
-"""Tasks in time: each in its turn, and not before what it waits for has arrived.
+"""Tasks in time: each in its turn, and not before its messages have arrived.
 
 Nothing here imports JAX.
 """
@@ -13,11 +13,11 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Tasks:
-    """What is to be done, lane after lane, and the messages between.
+    """The tasks, lane after lane, and the messages between them.
 
     A lane does its tasks one after the other, in their order. A message sets out when its task is
     done. It takes its time on a link, which carries one message at a time, in the order in which
-    they were handed over; where several are at once, those of the lower lane first.
+    they were handed over; of several at once, that of the lower lane is first.
 
     Attributes:
         lane: for each task its lane, ascending.
@@ -44,14 +44,14 @@ class Tasks:
 
 @dataclass(frozen=True, eq=False)
 class Times:
-    """When everything happens.
+    """The times of all tasks and messages.
 
     Attributes:
         start_s: for each task when it starts.
         end_s: for each task when it is done.
         sent_s: for each message when its link is free for it.
         arrived_s: for each message when it is there.
-        stuck: the first task of each lane that waits for ever.
+        stuck: the first task of each lane that never can start.
     """
 
     start_s: np.ndarray
@@ -63,7 +63,7 @@ class Times:
 
 def run(tasks: Tasks) -> Times:
     """When every task starts, each as early as it can."""
-    running = _Run(tasks)
+    running = _Progress(tasks)
     stuck = running.finish()
     start_s = np.array(running.ready_s)
     end_s = start_s + tasks.seconds
@@ -72,8 +72,8 @@ def run(tasks: Tasks) -> Times:
     return Times(start_s, end_s, sent_s, sent_s + tasks.travel_s, stuck)
 
 
-class _Run:
-    """A run: where each lane and each link has got to.
+class _Progress:
+    """The progress of each lane and each link.
 
     Lists of Python's numbers, as single entries are read and written all the time.
     """
@@ -97,7 +97,7 @@ class _Run:
         self.requests: list[tuple[float, int]] = []  # for shared links: time and message
 
     def finish(self) -> tuple[int, ...]:
-        """Runs everything; returns the tasks that lanes wait for in vain."""
+        """Runs everything; returns the next task of each lane that never can start."""
         ahead = enumerate(zip(self.at, self.stops, strict=True))
         missing = self.missing
         self.advance([lane for lane, (at, stop) in ahead if at < stop and not missing[at]])
@@ -108,7 +108,7 @@ class _Run:
         return tuple(at for at, stop in zip(self.at, self.stops, strict=True) if at < stop)
 
     def advance(self, waiting: list[int]) -> None:
-        """Lets lanes do what they can, and then those that this gives something to do."""
+        """Runs the tasks that lanes can start, and those of other lanes that become ready."""
         stops, ready_s, missing, first = self.stops, self.ready_s, self.missing, self.first
         while waiting:
             lane = waiting.pop()

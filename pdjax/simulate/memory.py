@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pdjax.schedules import Schedule
-from pdjax.schedules.columns import B, Columns, F, I
+from pdjax.schedules.action import KINDS
+from pdjax.schedules.columns import Columns
 from pdjax.schedules.versions import delay_of, version_changes
 from pdjax.schedules.weight_rule import LATEST, WeightRule
 from pdjax.simulate.stage_cost import StageCost, check_costs
@@ -79,7 +80,7 @@ def holding_of(
     stash = np.array([_whole(cost.stash_bytes) for cost in costs])
     held = np.array([_whole(cost.held_bytes) for cost in costs])
     params = np.array([_whole(cost.param_bytes) for cost in costs])
-    kinds = np.stack([stash, -stash, held - stash, -held, np.zeros_like(stash)])
+    kinds = np.stack([row.stash * stash + row.pending * held for row in KINDS.values()])
     activations = kinds[columns.kind, columns.stage]
     activations[_never_needed(columns, len(costs))] = 0
     delay = delay_of(rule, schedule)
@@ -108,8 +109,9 @@ def _never_needed(columns: Columns, num_stages: int) -> np.ndarray:
     span = columns.microbatch.max(initial=-1) + 1
     slot = columns.stage * span + columns.microbatch
     back = np.zeros(num_stages * span, bool)
-    back[slot[(columns.kind == B) | (columns.kind == I)]] = True
-    return np.flatnonzero((columns.kind == F) & ~back[slot])
+    steps = np.array([row.stash for row in KINDS.values()])[columns.kind]
+    back[slot[steps < 0]] = True
+    return np.flatnonzero((steps > 0) & ~back[slot])
 
 
 def _whole(size: float) -> int:

@@ -6,16 +6,18 @@ Nothing here imports JAX.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
-from pdjax.schedules.columns import B, Columns, F, I
+from pdjax.column_table import ColumnTable
+from pdjax.schedules.columns import Columns
+from pdjax.schedules.dependencies import Needs, StagePairs
 from pdjax.simulate.stage_cost import StageCost
 
 
 @dataclass(frozen=True, eq=False)
-class Messages:
+class Messages(ColumnTable):
     """Messages between actions, by their positions.
 
     Attributes:
@@ -28,41 +30,56 @@ class Messages:
     target: np.ndarray
     num_bytes: np.ndarray
 
+
+@dataclass(frozen=True, eq=False)
+class StageLinks(StagePairs):
+    """The pairs of stages of which one sends to the other, and how much.
+
+    Attributes:
+        order: of the pairs of one source and direction, the order in which it sends.
+        num_bytes: how much it sends for each microbatch.
+    """
+
+    order: np.ndarray
+    num_bytes: np.ndarray
+
     @classmethod
-    def joined(cls, several: Sequence[Messages]) -> Messages:
-        """All of them."""
-        names = [field.name for field in fields(cls)]
-        return cls(*(np.concatenate([getattr(each, name) for each in several]) for name in names))
+    def of(cls, costs: Sequence[StageCost]) -> StageLinks:
+        """The links of all stages.
 
-    def taken(self, index: np.ndarray) -> Messages:
-        """Some of them."""
-        return Messages(self.source[index], self.target[index], self.num_bytes[index])
+        A stage waits for the one beside it even where that sends nothing.
+        """
+        rows = []
+        for stage, cost in enumerate(costs):
+            sends = _with_neighbour(cost.sends, stage + 1) if stage + 1 < len(costs) else ()
+            returns = _with_neighbour(cost.returns, stage - 1) if stage else ()
+            for pairs in (sends, returns):
+                rows += [(stage, target, order, size) for order, (target, size) in enumerate(pairs)]
+        source, target, order, sizes = np.array(rows, float).reshape(-1, 4).T
+        whole = (column.astype(np.int64) for column in (source, target, order))
+        return cls(*whole, sizes).sorted_by("target")
+
+    def find(self, source: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """The positions of pairs of stages that are linked."""
+        num_stages = int(max(self.source.max(initial=0), self.target.max(initial=0))) + 1
+        keys = self.source * num_stages + self.target
+        by_key = np.argsort(keys)
+        return by_key[np.searchsorted(keys[by_key], source * num_stages + target)]
 
 
-def messages_between(columns: Columns, costs: Sequence[StageCost]) -> Messages:
+def messages_between(columns: Columns, needs: Needs, links: StageLinks) -> Messages:
     """The activations and cotangents of all microbatches, by the action that sends them.
 
-    A stage waits for the one beside it even where that sends nothing.
+    Args:
+        columns: the actions.
+        needs: their needs; those on one stage need no message.
+        links: how much each stage sends to others.
     """
-    passes = _positions(columns, len(costs))
-    sends = [_with_neighbour(cost.sends, stage + 1) for stage, cost in enumerate(costs[:-1])]
-    returns = [_with_neighbour(cost.returns, stage - 1) for stage, cost in enumerate(costs)][1:]
-    parts = [_along(passes[0], stage, pairs) for stage, pairs in enumerate(sends)]
-    parts += [_along(passes[1], stage, pairs) for stage, pairs in enumerate(returns, 1)]
-    found = Messages.joined([_NOTHING, *parts])
-    return found.taken(np.argsort(found.source, kind="stable"))
-
-
-_NOTHING = Messages(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
-
-
-def _positions(columns: Columns, num_stages: int) -> np.ndarray:
-    """Where F, and B or I, are for each stage and microbatch; -1 where they are not."""
-    found = np.full((2, num_stages, columns.microbatch.max(initial=-1) + 1), -1)
-    for group, kinds in enumerate(((F,), (B, I))):
-        at = np.flatnonzero(np.isin(columns.kind, kinds))
-        found[group, columns.stage[at], columns.microbatch[at]] = at
-    return found
+    source, target = columns.stage[needs.need], columns.stage[needs.action]
+    apart = np.flatnonzero((needs.need >= 0) & (source != target))
+    link = links.find(source[apart], target[apart])
+    messages = Messages(needs.need[apart], needs.action[apart], links.num_bytes[link])
+    return messages.take(np.lexsort((links.order[link], messages.source)))
 
 
 def _with_neighbour(
@@ -70,12 +87,3 @@ def _with_neighbour(
 ) -> tuple[tuple[int, float], ...]:
     known = any(stage == neighbour for stage, _ in pairs)
     return pairs if known else (*pairs, (neighbour, 0.0))
-
-
-def _along(passes: np.ndarray, stage: int, pairs: tuple[tuple[int, float], ...]) -> Messages:
-    """What one stage sends, in the order of `pairs` for each microbatch."""
-    targets = passes[[target for target, _ in pairs]].T.ravel()
-    sources = np.repeat(passes[stage], len(pairs))
-    sizes = np.tile([float(size) for _, size in pairs], passes.shape[1])
-    there = (sources >= 0) & (targets >= 0)
-    return Messages(sources[there], targets[there], sizes[there])

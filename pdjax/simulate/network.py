@@ -1,7 +1,7 @@
-"""Which link a message takes from one worker to another.
+"""The link that a message takes from one worker to another.
 
-Every unit of a level of a topology has one link out, on which one message travels at a time; what
-comes in does not disturb it. A message takes the link of the innermost level that joins both
+Every unit of a level of a topology has one link out, on which one message travels at a time;
+incoming messages do not disturb it. A message takes the link of the innermost level that joins both
 workers. Nothing here imports JAX.
 """
 
@@ -16,11 +16,11 @@ import numpy as np
 from pdjax.topology.topology import Topology
 
 
-class Route(NamedTuple):
-    """The way of messages.
+class Links(NamedTuple):
+    """The links that messages take.
 
     Attributes:
-        link: the number of the link that each takes.
+        link: for each message the number of its link.
         bytes_per_s: the bandwidth of that link.
     """
 
@@ -28,7 +28,7 @@ class Route(NamedTuple):
     bytes_per_s: np.ndarray
 
 
-def route(topology: Topology, source: np.ndarray, target: np.ndarray) -> Route:
+def find_links(topology: Topology, source: np.ndarray, target: np.ndarray) -> Links:
     """The links from workers of a topology to others; no worker to itself."""
     level = np.zeros(len(source), np.int64)
     sizes = unit_sizes(topology)
@@ -36,7 +36,7 @@ def route(topology: Topology, source: np.ndarray, target: np.ndarray) -> Route:
         level += source // size != target // size
     first = np.concatenate([[0], np.cumsum(topology.num_workers // sizes)])
     speeds = np.array([each.bandwidth_bytes_per_s for each in topology.levels])
-    return Route(first[level] + source // sizes[level], speeds[level])
+    return Links(first[level] + source // sizes[level], speeds[level])
 
 
 def unit_sizes(topology: Topology) -> np.ndarray:
@@ -70,7 +70,7 @@ def _in_turns(workers: list[int], sizes: list[int]) -> list[int]:
 def check_workers(
     workers: Sequence[int] | None, num_workers: int, topology: Topology | None
 ) -> np.ndarray:
-    """For each worker of a schedule its number in the topology: the same, unless told otherwise.
+    """For each worker of a schedule its number in the topology: the same by default.
 
     Raises:
         ValueError: if they are not as many different workers of the topology.

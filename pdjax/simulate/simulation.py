@@ -10,18 +10,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from pdjax.schedules import Schedule
-from pdjax.schedules.columns import KINDS, Columns
+from pdjax.schedules.action import LETTERS
+from pdjax.schedules.columns import Columns
 from pdjax.schedules.weight_rule import LATEST, WeightRule
-from pdjax.simulate.all_reduces import Reduces
+from pdjax.simulate.all_reduces import AllReduces
 from pdjax.simulate.events import Times
 from pdjax.simulate.memory import holding_of
 from pdjax.simulate.stage_cost import StageCost
-from pdjax.simulate.task_graph import LaidOut
-from pdjax.timeline.rows import Entry, Rows
-from pdjax.timeline.timeline import Held, Span, Timeline, Transfer
+from pdjax.simulate.task_graph import TaskGraph
+from pdjax.timeline.rows import Rows
+from pdjax.timeline.timeline import TRANSFERS, MemorySample, Span, Timeline, Transfer
 from pdjax.topology.topology import Topology
 
-_KINDS = np.array(list(KINDS))
+_LETTERS = np.array(list(LETTERS))
 
 
 def simulate(
@@ -34,7 +35,7 @@ def simulate(
     workers: Sequence[int] | None = None,
     title: str | None = None,
 ) -> Timeline:
-    """What happens when if a schedule is run, from what its stages cost.
+    """The timeline of a run of a schedule, from the costs of its stages.
 
     Every worker does its actions in their order, each as soon as it can. A forward pass waits for
     the activations of the stages that send to it, and for the stage before it even if that sends
@@ -44,8 +45,8 @@ def simulate(
 
     Transfers take their bytes over the bandwidth of the innermost level of the topology that joins
     both workers, while the workers go on. Every unit of a level has one link out, on which one
-    transfer follows the other in the order in which they are asked for; what comes in, and
-    all-reduces, do not hold it up. (The same form as in SOSP 2019, section 3.1, with the waiting
+    transfer follows the other in the order in which they are asked for; incoming transfers and
+    all-reduces do not hold it up. (The same form as in SOSP 2019, section 3.1, with the waiting
     for links in addition; latencies are left out.)
 
     Example:
@@ -55,7 +56,7 @@ def simulate(
         (12.0, 0.25)
 
     Args:
-        schedule: what is run.
+        schedule: the schedule.
         costs: of each stage, in seconds and bytes.
         topology: how the workers are joined; if None, transfers and all-reduces take no time.
         rule: which versions of the weights workers keep; it changes no time.
@@ -65,66 +66,70 @@ def simulate(
 
     Returns:
         A timeline that begins at 0. Its memory has an entry for each worker at 0, and one at the
-        end of each action that changes what the worker holds: a forward pass adds what it
+        end of each action that changes the worker's bytes: a forward pass adds what it
         stashes, a backward pass takes it away, and an update changes the versions of the weights.
 
     Raises:
         ValueError: if the costs or the workers are not for this schedule.
-        ScheduleError: if an action waits for ever.
+        ScheduleError: if an action never can start.
     """
     columns = schedule.unrolled(num_minibatches)
-    laid_out = LaidOut(schedule, columns, costs, topology, workers)
-    times = laid_out.times()
+    graph = TaskGraph(schedule, columns, costs, topology, workers)
+    times = graph.times()
     return Timeline(
         title or f"{schedule.name}, simulated",
         columns.num_workers,
         _spans(columns, times),
-        _transfers(laid_out, times),
+        _transfers(graph, times),
         _memory(schedule, columns, costs, rule, times),
     )
 
 
 def _spans(columns: Columns, times: Times) -> Rows[Span]:
     start_s, end_s = times.start_s[: len(columns)], times.end_s[: len(columns)]
-    found = [columns.worker, _KINDS[columns.kind], columns.stage, columns.microbatch]
-    return _sorted(Span, [*found, start_s, end_s], by="start_s")
+    kind = _LETTERS[columns.kind]
+    rows = Rows.of(Span, columns.worker, kind, columns.stage, columns.microbatch, start_s, end_s)
+    return rows.sorted_by("start_s")
 
 
-def _transfers(laid_out: LaidOut, times: Times) -> Rows[Transfer]:
-    columns, sent = laid_out.columns, laid_out.messages.taken(laid_out.travels)
+def _transfers(graph: TaskGraph, times: Times) -> Rows[Transfer]:
+    columns, sent = graph.columns, graph.messages.take(graph.travels)
     source = sent.source
-    found = [
+    activations = columns.makes("activations")[source]
+    between = Rows.of(
+        Transfer,
         columns.worker[source],
         columns.worker[sent.target],
-        np.where(columns.kind[source] == KINDS.index("F"), "F", "B"),
+        np.where(activations, TRANSFERS["activations"], TRANSFERS["cotangents"]),
         columns.stage[source],
         columns.microbatch[source],
         np.rint(sent.num_bytes).astype(np.int64),
-        times.sent_s[laid_out.travels],
-        times.arrived_s[laid_out.travels],
+        times.sent_s[graph.travels],
+        times.arrived_s[graph.travels],
+    )
+    around = [
+        _around_the_ring(each, first, times)
+        for each, first in zip(graph.all_reduces, graph.firsts, strict=True)
+        if each.num_bytes
     ]
-    for reduces, first in zip(laid_out.reduces, laid_out.firsts, strict=True):
-        more = _around_the_ring(reduces, first, times)
-        found = [np.concatenate(both) for both in zip(found, more, strict=True)]
-    return _sorted(Transfer, found, by="start_s")
+    return Rows.concatenate([between, *around]).sorted_by("start_s")
 
 
-def _around_the_ring(reduces: Reduces, first: int, times: Times) -> list[np.ndarray]:
-    """The columns of the transfers of one stage's all-reduces; `first` is that of its tasks."""
-    ring, tasks = np.array(reduces.workers), first + np.arange(len(reduces.microbatch))
-    num_rounds, num_workers = len(tasks), len(ring)
-    size = num_rounds * num_workers if reduces.num_bytes else 0
-    every = [
+def _around_the_ring(all_reduces: AllReduces, first: int, times: Times) -> Rows[Transfer]:
+    """The transfers of one stage's all-reduces; `first` is the first one of its tasks."""
+    ring, num_rounds = np.array(all_reduces.workers), len(all_reduces)
+    tasks = np.repeat(first + np.arange(num_rounds), len(ring))
+    return Rows.of(
+        Transfer,
         np.tile(ring, num_rounds),
         np.tile(np.roll(ring, -1), num_rounds),
-        np.full(num_rounds * num_workers, "R"),
-        np.full(num_rounds * num_workers, reduces.stage),
-        np.repeat(reduces.microbatch, num_workers),
-        np.full(num_rounds * num_workers, round(reduces.num_bytes)),
-        np.repeat(times.start_s[tasks], num_workers),
-        np.repeat(times.end_s[tasks], num_workers),
-    ]
-    return [column[:size] for column in every]
+        np.full(len(tasks), TRANSFERS["gradients"]),
+        np.full(len(tasks), all_reduces.stage),
+        np.repeat(all_reduces.rounds.microbatch, len(ring)),
+        np.full(len(tasks), round(all_reduces.num_bytes)),
+        times.start_s[tasks],
+        times.end_s[tasks],
+    )
 
 
 def _memory(
@@ -133,21 +138,16 @@ def _memory(
     costs: Sequence[StageCost],
     rule: WeightRule,
     times: Times,
-) -> Rows[Held]:
+) -> Rows[MemorySample]:
     holding = holding_of(schedule, columns, costs, rule)
     at, every = np.flatnonzero(holding.changes), np.arange(columns.num_workers)
     nothing = np.zeros(columns.num_workers, np.int64)
-    found = [
-        np.concatenate([every, columns.worker[at]]),
-        np.concatenate([nothing.astype(float), times.end_s[at]]),
-        np.concatenate([nothing, holding.stash[at]]),
-        np.concatenate([holding.initial, holding.versions[at]]),
-    ]
-    return _sorted(Held, found, by="time_s")
-
-
-def _sorted(kind: type[Entry], columns: Sequence[np.ndarray], by: str) -> Rows[Entry]:
-    """The rows in the order of one column; equal ones stay as they are."""
-    named = dict(zip(kind._fields, columns, strict=True))
-    order = np.argsort(named[by], kind="stable")
-    return Rows(kind, {name: column[order] for name, column in named.items()})
+    begin = Rows.of(MemorySample, every, nothing.astype(float), nothing, holding.initial)
+    after = Rows.of(
+        MemorySample,
+        columns.worker[at],
+        times.end_s[at],
+        holding.stash[at],
+        holding.versions[at],
+    )
+    return Rows.concatenate([begin, after]).sorted_by("time_s")

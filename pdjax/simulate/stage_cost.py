@@ -1,4 +1,4 @@
-"""What a stage costs, as the simulator counts it.
+"""The cost of a stage, as the simulator counts it.
 
 Nothing here imports JAX.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from pdjax.schedules.action import KINDS
 from pdjax.serialization import is_amount, is_count
 
 _PER_MICROBATCH = (
@@ -24,7 +25,7 @@ _AMOUNTS = (*_PER_MICROBATCH, "update_s", "param_bytes", "optimizer_bytes", "gra
 
 @dataclass(frozen=True)
 class StageCost:
-    """What a stage takes on one of its workers; seconds and activations for each microbatch.
+    """The cost of a stage on one of its workers; seconds and activations for each microbatch.
 
     Example:
         >>> StageCost(forward_s=1.0, backward_s=2.0).weight_part_s
@@ -38,13 +39,12 @@ class StageCost:
         update_s: seconds of an update.
         param_bytes: bytes of one version of its weights.
         optimizer_bytes: bytes of its optimizer state.
-        gradient_bytes: bytes of its gradients: what it sums them up in, and what its replicas
-            exchange.
+        gradient_bytes: bytes of its gradients: of the sums, and of an all-reduce of its replicas.
         stash_bytes: bytes that wait from a forward pass to the backward pass or its input part.
         held_bytes: bytes that wait from an input part to the weight part, in their place.
-        pass_bytes: bytes that are needed only while a pass runs: what is recomputed, buffers.
-        sends: pairs (stage, bytes): the activations that go to later stages. What skips stages is
-            sent directly; of several, they go out in this order.
+        pass_bytes: bytes that are needed only while a pass runs: recomputed activations, buffers.
+        sends: pairs (stage, bytes): the activations that go to later stages. Those that skip stages
+            are sent directly; of several, they go out in this order.
         returns: pairs (stage, bytes): the cotangents that go to earlier stages.
     """
 
@@ -90,10 +90,9 @@ class StageCost:
         return self.backward_s / 2 if self.weight_s is None else self.weight_s
 
     @property
-    def seconds(self) -> tuple[float, float, float, float, float]:
-        """Seconds of F, B, I, W and U, in the order of `pdjax.schedules.columns.KINDS`."""
-        parts = self.input_part_s, self.weight_part_s
-        return (self.forward_s, self.backward_s, *parts, self.update_s)
+    def seconds(self) -> tuple[float, ...]:
+        """Seconds of each kind of action, in the order of `pdjax.schedules.action.KINDS`."""
+        return tuple(getattr(self, row.cost) for row in KINDS.values())
 
     def scaled(self, factor: float) -> StageCost:
         """The cost of microbatches `factor` times as large, by simple proportion.

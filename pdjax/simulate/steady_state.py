@@ -1,4 +1,4 @@
-"""What a schedule takes once it is under way.
+"""The figures of a schedule once it is under way.
 
 Nothing here imports JAX.
 """
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from pdjax.schedules import Schedule
-from pdjax.schedules.columns import Columns, U
+from pdjax.schedules.columns import Columns
 from pdjax.schedules.versions import delay_of, versions_read
 from pdjax.schedules.weight_rule import WeightRule
 from pdjax.simulate.stage_cost import StageCost
-from pdjax.simulate.task_graph import LaidOut
+from pdjax.simulate.task_graph import TaskGraph
 from pdjax.topology.topology import Topology
 
 _EQUAL = 1e-9  # relative difference of times that are taken to be equal
@@ -36,25 +36,25 @@ def steady_s(
     looked at for as long again.
 
     Args:
-        schedule: what is run.
+        schedule: the schedule.
         costs: of each stage, in seconds and bytes.
         topology: how the workers are joined; if None, transfers and all-reduces take no time.
         workers: for each worker of the schedule its number in the topology; the same if None.
 
     Raises:
         ValueError: if the costs or the workers are not for this schedule.
-        ScheduleError: if an action waits for ever.
+        ScheduleError: if an action never can start.
     """
     if schedule.flushes:
         columns = schedule.unrolled(3)
-        times = LaidOut(schedule, columns, costs, topology, workers).times()
+        times = TaskGraph(schedule, columns, costs, topology, workers).times()
         ends_s = times.end_s[: len(columns)]  # all-reduces come after the actions
         minibatch = columns.microbatch // schedule.num_microbatches
         last = [ends_s[minibatch == number].max(initial=0.0) for number in (1, 2)]
         return float(last[1] - last[0])
     cycles = schedule.lag + -(-4 * len(schedule.workers) // schedule.cycle)
     columns = schedule.unrolled((2 * cycles + schedule.lag + 1) * schedule.num_minibatches)
-    times = LaidOut(schedule, columns, costs, topology, workers).times()
+    times = TaskGraph(schedule, columns, costs, topology, workers).times()
     updates = np.flatnonzero(_updates(columns, schedule))
     each = np.count_nonzero(_updates(schedule.columns, schedule))  # in a cycle
     ends_s = times.end_s[updates[each * np.arange(cycles, 2 * cycles + 1) - 1]]
@@ -73,7 +73,7 @@ def _rate_s(ends_s: np.ndarray) -> float:
 def _updates(columns: Columns, schedule: Schedule) -> np.ndarray:
     """Which actions are updates of the first stage, on one of its workers."""
     mine = (columns.worker == schedule.worker_of(0)) & (columns.stage == 0)
-    return mine & (columns.kind == U)
+    return mine & columns.makes("weights")
 
 
 def staleness(schedule: Schedule, rule: WeightRule) -> tuple[int, ...]:

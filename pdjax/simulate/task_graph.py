@@ -1,4 +1,4 @@
-"""A schedule laid out for the simulator: its actions, their messages and all-reduces as tasks.
+"""The tasks of the simulator and the messages between them: actions and all-reduces.
 
 Nothing here imports JAX.
 """
@@ -11,19 +11,20 @@ from itertools import accumulate
 import numpy as np
 
 from pdjax.schedules import Schedule
-from pdjax.schedules.columns import B, Columns, I, W
-from pdjax.schedules.schedule import Action
+from pdjax.schedules.action import Action
+from pdjax.schedules.columns import Columns
+from pdjax.schedules.dependencies import find_needs
 from pdjax.schedules.text import failure
-from pdjax.simulate.all_reduces import reduces_of
+from pdjax.simulate.all_reduces import all_reduces_of
 from pdjax.simulate.events import Tasks, Times, run
-from pdjax.simulate.messages import Messages, messages_between
-from pdjax.simulate.network import check_workers, route
+from pdjax.simulate.messages import Messages, StageLinks, messages_between
+from pdjax.simulate.network import check_workers, find_links
 from pdjax.simulate.stage_cost import StageCost, check_costs
 from pdjax.topology.topology import Topology
 
 
-class LaidOut:
-    """A schedule written out on some workers.
+class TaskGraph:
+    """The tasks of a schedule that is written out, on some workers.
 
     The first tasks are the actions, by their positions in the columns; each worker is a lane. The
     all-reduces of each stage follow, a lane for each stage that has replicas.
@@ -37,9 +38,10 @@ class LaidOut:
 
     Attributes:
         columns: the actions.
-        reduces: the all-reduces of each stage that has replicas.
+        all_reduces: the all-reduces of each stage that has replicas.
+        firsts: for each of these stages the first task that is one of its all-reduces.
         lane: for each task its lane.
-        messages: what tasks send each other, by the task that sends.
+        messages: the messages between tasks, by the task that sends.
         travels: which messages go to another worker and have any bytes.
 
     Raises:
@@ -56,26 +58,27 @@ class LaidOut:
     ) -> None:
         check_costs(costs, schedule.num_stages)
         self.costs, self.topology, self.columns = costs, topology, columns
-        self.places = check_workers(workers, columns.num_workers, topology)
-        self.reduces = reduces_of(columns, costs, schedule.holders, self.places, topology)
-        rounds = [len(reduces.microbatch) for reduces in self.reduces]
+        self.machines = check_workers(workers, columns.num_workers, topology)
+        self.all_reduces = all_reduces_of(columns, costs, schedule.holders, self.machines, topology)
+        rounds = list(map(len, self.all_reduces))
         self.firsts = list(accumulate(rounds, initial=len(columns)))[:-1]
         own = np.arange(len(rounds)) + columns.num_workers
         self.lane = np.concatenate([columns.worker, np.repeat(own, rounds)])
-        found = [messages_between(columns, costs)]
-        found += [
-            each.messages(first) for each, first in zip(self.reduces, self.firsts, strict=True)
+        links = StageLinks.of(costs)
+        self._needs = find_needs(columns, links)
+        between = messages_between(columns, self._needs, links)
+        around = [
+            each.messages(first) for each, first in zip(self.all_reduces, self.firsts, strict=True)
         ]
-        messages = Messages.joined(found)
-        self.messages = messages.taken(np.argsort(messages.source, kind="stable"))
+        self.messages = Messages.concatenate([between, *around]).sorted_by("source")
         source, target = self.lane[self.messages.source], self.lane[self.messages.target]
         self.travels = (self.messages.num_bytes > 0) & (source != target)
 
     def times(self) -> Times:
-        """When everything happens.
+        """The times of all tasks and messages.
 
         Raises:
-            ScheduleError: if an action waits for ever.
+            ScheduleError: if an action never can start.
         """
         times = run(self._tasks())
         stuck = [task for task in times.stuck if task < len(self.columns)]
@@ -93,8 +96,8 @@ class LaidOut:
 
     @property
     def sent_bytes(self) -> float:
-        """What all workers together send."""
-        rounds = (len(r.microbatch) * len(r.workers) * r.num_bytes for r in self.reduces)
+        """The bytes that all workers together send."""
+        rounds = (len(each) * len(each.workers) * each.num_bytes for each in self.all_reduces)
         return float(self.messages.num_bytes[self.travels].sum()) + sum(rounds)
 
     def _tasks(self) -> Tasks:
@@ -102,8 +105,8 @@ class LaidOut:
         return Tasks(
             self.lane,
             self._seconds(),
-            np.bincount(self.messages.target, minlength=len(self.lane)) + self._in_vain(),
-            self.columns.num_workers + len(self.reduces),
+            np.bincount(self.messages.target, minlength=len(self.lane)) + self._unsatisfiable(),
+            self.columns.num_workers + len(self.all_reduces),
             self.messages.source,
             self.messages.target,
             link,
@@ -114,7 +117,7 @@ class LaidOut:
     def _seconds(self) -> np.ndarray:
         """How long each task takes."""
         each = np.array([cost.seconds for cost in self.costs], float)
-        rounds = [np.full(len(r.microbatch), r.seconds) for r in self.reduces]
+        rounds = [np.full(len(each), each.seconds) for each in self.all_reduces]
         return np.concatenate([each[self.columns.stage, self.columns.kind], *rounds])
 
     def _links(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -123,21 +126,24 @@ class LaidOut:
         travel_s = np.zeros(len(self.travels))
         if self.topology is None:
             return link, travel_s, np.zeros(0, bool)
-        sent = self.messages.taken(self.travels)
+        sent = self.messages.take(self.travels)
         source, target = self.lane[sent.source], self.lane[sent.target]
-        way = route(self.topology, self.places[source], self.places[target])
-        link[self.travels] = way.link
-        travel_s[self.travels] = sent.num_bytes / way.bytes_per_s
-        senders = np.unique(way.link * self.columns.num_workers + source)
+        links = find_links(self.topology, self.machines[source], self.machines[target])
+        link[self.travels] = links.link
+        travel_s[self.travels] = sent.num_bytes / links.bytes_per_s
+        senders = np.unique(links.link * self.columns.num_workers + source)
         return link, travel_s, np.bincount(senders // self.columns.num_workers) > 1
 
-    def _in_vain(self) -> np.ndarray:
-        """1 for each task that needs what its own worker has not done before it."""
+    def _unsatisfiable(self) -> np.ndarray:
+        """For each task 1 if it needs an action of its own stage that does not come before it.
+
+        Such an action is later in the list of the same worker, or on another worker, which does
+        not send its stash.
+        """
+        columns, needs = self.columns, self._needs
+        needs = needs.take(needs.need >= 0)
+        needs = needs.take(columns.stage[needs.need] == columns.stage[needs.action])
+        same = columns.worker[needs.need] == columns.worker[needs.action]
         found = np.zeros(len(self.lane), np.int64)
-        columns = self.columns
-        needs, _ = columns.inputs(*columns.turns)
-        for need, kinds in zip(needs, ((W,), (B, I)), strict=True):
-            at = np.flatnonzero(np.isin(columns.kind, kinds) & (need >= 0))
-            worker = columns.worker[need[at]] == columns.worker[at]
-            found[at[~worker | (need[at] > at)]] = 1
+        found[needs.action[~same | (needs.need > needs.action)]] = 1
         return found

@@ -1,4 +1,4 @@
-"""What happened when: the value, and it as a picture, as text and as a Perfetto trace.
+"""Timelines: the actions of workers in time, as a value, picture, text and Perfetto trace.
 
 Nothing here imports JAX.
 """

@@ -31,7 +31,7 @@ def rows_figure(
     """An empty figure with a panel for each timeline, one above the other.
 
     Args:
-        timelines: what is drawn in it.
+        timelines: the timelines to draw in it.
         width_in: its width, in inches.
         row_in: the height of a row, in inches; less where there are many workers.
 

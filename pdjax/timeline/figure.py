@@ -22,11 +22,9 @@ from matplotlib.patches import Patch
 
 from pdjax.timeline.axes import BOTTOM, TOP, add_legend, rows_figure, save_figure
 from pdjax.timeline.style import (
-    FILLS,
-    HATCHES,
     NAMES,
-    TRANSFER_FILLS,
-    TRANSFER_NAMES,
+    STYLES,
+    TRANSFER_STYLES,
     check_suffix,
     grey,
     headline,
@@ -47,7 +45,7 @@ def save_timeline(timeline: Timeline, path: str | PathLike[str]) -> None:
     """Draws a timeline as a PNG or SVG file.
 
     Args:
-        timeline: what is drawn.
+        timeline: the timeline.
         path: the file; its suffix says the format.
 
     Raises:
@@ -60,7 +58,7 @@ def save_timelines(timelines: Sequence[Timeline], path: str | PathLike[str]) -> 
     """Draws timelines one above the other, with a common time axis, as a PNG or SVG file.
 
     Args:
-        timelines: what is drawn: a simulated and a measured one, or those of several schedules.
+        timelines: the timelines: a simulated and a measured one, or those of several schedules.
         path: the file; its suffix says the format.
 
     Raises:
@@ -104,7 +102,8 @@ class _Scale:
     def of(cls, timelines: Sequence[Timeline]) -> _Scale:
         """As wide as the numbers of most boxes need, within what a screen or a page shows."""
         stop_s = max((timeline.makespan_s for timeline in timelines), default=0.0) or 1.0
-        spans = [s for t in timelines for s in t.spans if s.kind != "U" and s.duration_s > 0]
+        wide = [s for t in timelines for s in t.spans if not STYLES[s.kind].mark]
+        spans = [span for span in wide if span.duration_s > 0]
         lengths_s = [span.duration_s for span in spans]
         narrow_s = quantiles(lengths_s, n=5)[0] if len(spans) > 1 else stop_s
         digits = max((len(str(span.microbatch)) for span in spans), default=1)
@@ -134,25 +133,26 @@ def _draw_spans(axes: Axes, timeline: Timeline, scale: _Scale) -> None:
         boxes[span.kind, span.microbatch % 2].append(box)
         _draw_label(axes, span, (box[2] + box[3]) / 2, scale)
     for (kind, parity), those in boxes.items():
-        fill = FILLS[kind][parity]
+        style = STYLES[kind]
+        fill = style.fills[parity]
         _draw_boxes(
             axes,
             those,
             facecolor=fill,
             # an edge of this width is all that is seen of an update that takes no time
-            edgecolor=fill if kind == "U" else _EDGE,
-            linewidth=1.4 if kind == "U" else scale.edge(those),
-            zorder=4 if kind == "U" else 2,
+            edgecolor=fill if style.mark else _EDGE,
+            linewidth=1.4 if style.mark else scale.edge(those),
+            zorder=4 if style.mark else 2,
             gid=f"{kind}{parity}",
         )
-        if kind in HATCHES:  # by itself: a hatch has the colour of the edge, too dark for numbers
+        if style.hatch:  # by itself: a hatch has the colour of the edge, too dark for numbers
             _draw_boxes(
                 axes,
                 those,
                 facecolor="none",
-                edgecolor=FILLS[kind][1 - parity],
+                edgecolor=style.fills[1 - parity],
                 linewidth=0,
-                hatch=HATCHES[kind],
+                hatch=style.hatch,
                 zorder=3,
             )
 
@@ -175,8 +175,8 @@ def _draw_boxes(axes: Axes, boxes: Sequence[_Box], **style: Any) -> None:
 
 
 def _draw_label(axes: Axes, span: Span, middle: float, scale: _Scale) -> None:
-    text = str(span.microbatch)
-    if span.kind == "U" or not scale.fits(text, span.duration_s):
+    text, style = str(span.microbatch), STYLES[span.kind]
+    if style.mark or not scale.fits(text, span.duration_s):
         return
     label = axes.text(
         (span.start_s + span.end_s) / 2,
@@ -185,7 +185,7 @@ def _draw_label(axes: Axes, span: Span, middle: float, scale: _Scale) -> None:
         ha="center",
         va="center_baseline",
         fontsize=scale.font_size,
-        color="white" if grey(FILLS[span.kind][span.microbatch % 2]) < 0.5 else "black",
+        color="white" if grey(style.fills[span.microbatch % 2]) < 0.5 else "black",
         zorder=5,
         clip_on=True,
     )
@@ -201,7 +201,7 @@ def _draw_transfers(axes: Axes, timeline: Timeline) -> None:
         low = transfer.source + BOTTOM - _LANES + height * present.index(transfer.kind)
         boxes[transfer.kind].append((transfer.start_s, transfer.end_s, low, low + height))
     for kind, those in boxes.items():
-        color = TRANSFER_FILLS[kind]
+        color = TRANSFER_STYLES[kind].fill
         _draw_boxes(
             axes, those, facecolor=color, edgecolor=color, linewidth=0.3, gid=f"sent-{kind}"
         )
@@ -209,7 +209,7 @@ def _draw_transfers(axes: Axes, timeline: Timeline) -> None:
 
 def _transfer_kinds(timelines: Sequence[Timeline]) -> list[TransferKind]:
     present = {transfer.kind for timeline in timelines for transfer in timeline.transfers}
-    return [kind for kind in TRANSFER_NAMES if kind in present]
+    return [kind for kind in TRANSFER_STYLES if kind in present]
 
 
 def _add_legend(figure: Figure, timelines: Sequence[Timeline]) -> None:
@@ -217,8 +217,8 @@ def _add_legend(figure: Figure, timelines: Sequence[Timeline]) -> None:
     kinds: list[SpanKind] = [kind for kind in NAMES if kind in present]
     sent = _transfer_kinds(timelines)
     handles: list[Any] = [tuple(_legend_patch(kind, parity) for parity in (0, 1)) for kind in kinds]
-    handles += [Patch(facecolor=TRANSFER_FILLS[kind]) for kind in sent]
-    labels = [NAMES[kind] for kind in kinds] + [TRANSFER_NAMES[kind] for kind in sent]
+    handles += [Patch(facecolor=TRANSFER_STYLES[kind].fill) for kind in sent]
+    labels = [NAMES[kind] for kind in kinds] + [TRANSFER_STYLES[kind].name for kind in sent]
     note = "microbatches by number: even dark, odd light"
     if any(len(stages) > 1 for t in timelines for stages in stages_by_worker(t)):
         note += "; the stages of a worker from the top of its row to the bottom"
@@ -226,7 +226,8 @@ def _add_legend(figure: Figure, timelines: Sequence[Timeline]) -> None:
 
 
 def _legend_patch(kind: SpanKind, parity: int) -> Patch:
-    if kind in HATCHES:
-        edge = FILLS[kind][1 - parity]
-        return Patch(facecolor=FILLS[kind][parity], edgecolor=edge, hatch=HATCHES[kind] * 2)
-    return Patch(facecolor=FILLS[kind][parity], edgecolor=_EDGE, linewidth=0.5)
+    style = STYLES[kind]
+    if style.hatch:
+        edge = style.fills[1 - parity]
+        return Patch(facecolor=style.fills[parity], edgecolor=edge, hatch=style.hatch * 2)
+    return Patch(facecolor=style.fills[parity], edgecolor=_EDGE, linewidth=0.5)

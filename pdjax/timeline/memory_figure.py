@@ -1,4 +1,4 @@
-"""Pictures of what workers hold over time, drawn with matplotlib, without a display.
+"""Pictures of the bytes that workers hold over time, drawn with matplotlib, without a display.
 
 Nothing here imports JAX.
 """
@@ -31,7 +31,7 @@ def save_memory(timelines: Sequence[Timeline], path: str | PathLike[str]) -> Non
     scale, so that workers and timelines can be compared; beside a row stands its peak.
 
     Args:
-        timelines: what is drawn.
+        timelines: the timelines.
         path: the file; its suffix says the format.
 
     Raises:

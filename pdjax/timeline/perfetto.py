@@ -22,27 +22,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pdjax.timeline.perfetto_arrows import Slice, find_arrows
-from pdjax.timeline.style import NAMES, TRANSFER_NAMES, check_suffix
-from pdjax.timeline.timeline import Span, SpanKind, Timeline, Transfer
+from pdjax.timeline.style import NAMES, STYLES, TRANSFER_STYLES, check_suffix
+from pdjax.timeline.timeline import Span, Timeline, Transfer
 
 _Event = dict[str, Any]
-
-_COLORS: dict[SpanKind, str] = {  # names that chrome://tracing knows; Perfetto has its own colours
-    "F": "thread_state_runnable",
-    "B": "thread_state_iowait",
-    "I": "thread_state_running",
-    "W": "yellow",
-    "FB": "generic_work",
-    "FBU": "generic_work",
-    "U": "terrible",
-}
 
 
 def save_trace(timelines: Timeline | Sequence[Timeline], path: str | PathLike[str]) -> None:
     """Writes a trace file, as `to_trace_json` makes it.
 
     Args:
-        timelines: what is shown: one, or several beside each other.
+        timelines: the timelines: one, or several beside each other.
         path: the file, a .json one.
 
     Raises:
@@ -56,11 +46,12 @@ def to_trace_json(timelines: Timeline | Sequence[Timeline]) -> str:
     """Timelines in the Trace Event Format.
 
     Each is a process; its workers, and the links on which something was sent, are the threads.
-    Arrows lead from what made a value over its transfer to what waited for it; where transfers
-    were not followed, from stage to stage. What a worker holds is a counter, in bytes.
+    Arrows lead from the span that made a value over its transfer to the span that waited for it;
+    where transfers were not followed, from stage to stage. The bytes that a worker holds are a
+    counter.
 
     Args:
-        timelines: what is shown: one, or several beside each other.
+        timelines: the timelines: one, or several beside each other.
 
     Returns:
         The text of the file.
@@ -166,10 +157,11 @@ def _complete(piece: Slice, pid: int) -> _Event:
         "args": {"stage": entry.stage, "microbatch": entry.microbatch},
     }
     if isinstance(entry, Span):
-        return event | {"name": str(entry), "cat": NAMES[entry.kind], "cname": _COLORS[entry.kind]}
+        color = STYLES[entry.kind].trace
+        return event | {"name": str(entry), "cat": NAMES[entry.kind], "cname": color}
     name = f"{entry.stage}{entry.kind}{entry.microbatch} sent"
     event["args"]["bytes"] = entry.num_bytes
-    return event | {"name": name, "cat": TRANSFER_NAMES[entry.kind]}
+    return event | {"name": name, "cat": TRANSFER_STYLES[entry.kind].name}
 
 
 def _counters(timeline: Timeline, pid: int, threads: Sequence[_Thread]) -> Iterator[_Event]:

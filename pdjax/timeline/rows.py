@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Generic, NamedTuple, TypeVar, overload
+from typing import Generic, NamedTuple, Self, TypeVar, overload
 
 import numpy as np
+
+from pdjax.column_table import ColumnTable
 
 Entry = TypeVar("Entry", bound=NamedTuple, covariant=True)
 
 
-class Rows(Sequence[Entry], Generic[Entry]):
+class Rows(ColumnTable, Sequence[Entry], Generic[Entry]):
     """A sequence of named tuples that are made when they are first asked for.
 
     Half a million of them take a second to make, their columns some milliseconds, and most figures
@@ -24,28 +26,37 @@ class Rows(Sequence[Entry], Generic[Entry]):
         >>> class Point(NamedTuple):
         ...     x: int
         ...     y: int
-        >>> rows = Rows(Point, {"x": np.array([1, 2]), "y": np.array([3, 4])})
+        >>> rows = Rows.of(Point, np.array([1, 2]), np.array([3, 4]))
         >>> rows[1], len(rows)
         (Point(x=2, y=4), 2)
 
     Attributes:
         kind: what the entries are.
-        columns: for each field of an entry its values, of all entries.
     """
 
     def __init__(self, kind: type[Entry], columns: Mapping[str, np.ndarray]) -> None:
         assert tuple(columns) == kind._fields, "a column for each field, in their order"
         self.kind = kind
-        self.columns = columns
+        self._columns = columns
+
+    @classmethod
+    def of(cls, kind: type[Entry], *columns: np.ndarray) -> Self:
+        """Rows of a kind, from a column for each of its fields."""
+        return cls(kind, dict(zip(kind._fields, columns, strict=True)))
+
+    @property
+    def columns(self) -> Mapping[str, np.ndarray]:
+        """For each field of an entry its values, of all entries."""
+        return self._columns
+
+    def with_columns(self, columns: Mapping[str, np.ndarray]) -> Self:
+        """The same kind of rows with other values."""
+        return type(self)(self.kind, columns)
 
     @cached_property
     def entries(self) -> tuple[Entry, ...]:
         """The entries."""
-        lists = [column.tolist() for column in self.columns.values()]
-        return tuple(map(self.kind._make, zip(*lists, strict=True)))
-
-    def __len__(self) -> int:
-        return len(self.columns[self.kind._fields[0]])
+        return tuple(map(self.kind._make, self.tuples()))
 
     @overload
     def __getitem__(self, index: int) -> Entry: ...

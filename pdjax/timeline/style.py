@@ -1,4 +1,4 @@
-"""What drawings of timelines share: names, colours, and the stages of a worker.
+"""Names and colours for drawings of timelines, and the stages of a worker.
 
 Nothing here imports JAX or matplotlib.
 """
@@ -11,45 +11,64 @@ from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
-from pdjax.timeline.timeline import SpanKind, Timeline, TransferKind
+from pdjax.schedules.action import KINDS
+from pdjax.schedules.text import listed
+from pdjax.timeline.timeline import SpanKind, Timeline, TransferKind, actions_of
 from pdjax.units import format_seconds
 
-NAMES: dict[SpanKind, str] = {
-    "F": "forward",
-    "B": "backward",
-    "I": "input gradients",
-    "W": "weight gradients",
-    "FB": "forward and backward",
-    "FBU": "forward, backward and update",
-    "U": "update",
-}
-"""What people call each kind, in the order of legends."""
 
-FILLS: dict[SpanKind, tuple[str, str]] = {
+class SpanStyle(NamedTuple):
+    """How a kind of span is drawn.
+
+    Attributes:
+        fills: the fill of even and of odd microbatches.
+        terminal: the codes of the same on a terminal; every terminal knows these.
+        filling: the character that fills a box of text behind its name.
+        trace: a colour's name in chrome://tracing; Perfetto has its own colours.
+        hatch: a hatch over the fill, of programs that run several actions.
+        mark: whether it is drawn as a line without a number: an update may take no time.
+    """
+
+    fills: tuple[str, str]
+    terminal: tuple[str, str]
+    filling: str
+    trace: str
+    hatch: str = ""
+    mark: bool = False
+
+
+STYLES: dict[SpanKind, SpanStyle] = {
     # Every kind has its own range of brightness, from F (dark) over I and B to W (light), so that
     # they differ in black and white, too.
-    "F": ("#17396b", "#27589a"),
-    "B": ("#ec9840", "#f6b774"),
-    "I": ("#228c83", "#3fa79d"),
-    "W": ("#d8e8a0", "#f0f7d4"),
-    "FB": ("#6b53a0", "#9d8aca"),
-    "FBU": ("#6b53a0", "#9d8aca"),
-    "U": ("#b00020", "#b00020"),
+    "F": SpanStyle(("#17396b", "#27589a"), ("44;97", "104;30"), "-", "thread_state_runnable"),
+    "B": SpanStyle(("#ec9840", "#f6b774"), ("43;30", "103;30"), "=", "thread_state_iowait"),
+    "I": SpanStyle(("#228c83", "#3fa79d"), ("46;30", "106;30"), "~", "thread_state_running"),
+    "W": SpanStyle(("#d8e8a0", "#f0f7d4"), ("42;30", "102;30"), "_", "yellow"),
+    "FB": SpanStyle(("#6b53a0", "#9d8aca"), ("45;97", "105;30"), "+", "generic_work", "//"),
+    "FBU": SpanStyle(("#6b53a0", "#9d8aca"), ("45;97", "105;30"), "+", "generic_work", "xx"),
+    "U": SpanStyle(("#b00020", "#b00020"), ("41;97", "41;97"), ":", "terrible", mark=True),
 }
-"""The fill of even and of odd microbatches, by kind."""
+"""The style of each kind of span, in the order of legends."""
 
-HATCHES: dict[SpanKind, str] = {"FB": "//", "FBU": "xx"}
-"""What is drawn over the fill of those kinds that are several in one."""
-
-TRANSFER_NAMES: dict[TransferKind, str] = {
-    "F": "activations sent",
-    "B": "cotangents sent",
-    "R": "gradients all-reduced",
+NAMES: dict[SpanKind, str] = {
+    kind: listed([KINDS[letter].name for letter in actions_of(kind)], "and") for kind in STYLES
 }
-"""What people call what travels, in the order of legends."""
+"""The name of each kind."""
 
-TRANSFER_FILLS: dict[TransferKind, str] = {"F": "#7fa9df", "B": "#a85510", "R": "#303030"}
-"""The colour of what travels, by kind."""
+
+class TransferStyle(NamedTuple):
+    """How a kind of transfer is drawn: its name and its colour."""
+
+    name: str
+    fill: str
+
+
+TRANSFER_STYLES: dict[TransferKind, TransferStyle] = {
+    "F": TransferStyle("activations sent", "#7fa9df"),
+    "B": TransferStyle("cotangents sent", "#a85510"),
+    "R": TransferStyle("gradients all-reduced", "#303030"),
+}
+"""The style of each kind of transfer, in the order of legends."""
 
 
 class TimeUnit(NamedTuple):
@@ -57,7 +76,7 @@ class TimeUnit(NamedTuple):
 
     Attributes:
         name: its name in full.
-        symbol: what is written behind a number.
+        symbol: its symbol behind a number.
         size_s: its size, in seconds.
     """
 
@@ -93,7 +112,7 @@ def stages_by_worker(timeline: Timeline) -> list[list[int]]:
 
 
 def headline(timeline: Timeline) -> str:
-    """What was run, how long it took, and how much of that was waiting."""
+    """The title, the makespan, and the share of waiting in it."""
     took = format_seconds(timeline.makespan_s)
     return f"{timeline.title}: makespan {took}, bubble {timeline.bubble_share:.1%}"
 

@@ -9,31 +9,13 @@ import math
 import textwrap
 from collections.abc import Sequence
 
-from pdjax.timeline.style import NAMES, headline, stages_by_worker, time_unit
-from pdjax.timeline.timeline import Span, SpanKind, Timeline
+from pdjax.timeline.style import NAMES, STYLES, headline, stages_by_worker, time_unit
+from pdjax.timeline.timeline import Span, Timeline
 
 _LEAST = 40  # columns
 _TICK = 8  # columns from one time on the ruler to the next, at least
 
-_FILLING: dict[SpanKind, str] = {
-    "F": "-",
-    "B": "=",
-    "I": "~",
-    "W": "_",
-    "FB": "+",
-    "FBU": "+",
-    "U": ":",
-}
-_COLORS: dict[SpanKind, tuple[str, str]] = {
-    # of even and of odd microbatches; every terminal knows these
-    "F": ("44;97", "104;30"),
-    "B": ("43;30", "103;30"),
-    "I": ("46;30", "106;30"),
-    "W": ("42;30", "102;30"),
-    "FB": ("45;97", "105;30"),
-    "FBU": ("45;97", "105;30"),
-    "U": ("41;97", "41;97"),
-}
+_FILLINGS = {style.filling for style in STYLES.values()}
 
 
 def draw_timeline(timeline: Timeline, width: int = 100, *, color: bool = False) -> str:
@@ -57,7 +39,7 @@ def draw_timeline(timeline: Timeline, width: int = 100, *, color: bool = False) 
     F: forward, B: backward
 
     Args:
-        timeline: what is drawn.
+        timeline: the timeline.
         width: columns of the terminal.
         color: whether to write ANSI colour codes.
 
@@ -103,7 +85,7 @@ class _Row:
             first, end = self._column(span.start_s), self._column(span.end_s)
             if end > first:
                 self._write(first, _box(span, stages, end - first), span)
-            elif span.kind == "U":  # may take no time, and still matters
+            elif STYLES[span.kind].mark:  # may take no time, and still matters
                 marks.append((first, span))
             else:
                 self.left_out += 1
@@ -129,12 +111,12 @@ class _Row:
     def _write(self, first: int, text: str, span: Span) -> None:
         for column, cell in enumerate(text, first):
             self._cells[column] = cell
-            self._codes[column] = _COLORS[span.kind][span.microbatch % 2]
+            self._codes[column] = STYLES[span.kind].terminal[span.microbatch % 2]
 
     def _mark(self, column: int, span: Span) -> None:
         """Puts a letter where it hides no other: into the gap behind, or the filling before."""
         for at in (column, column - 1):
-            if 0 <= at < len(self._cells) and self._cells[at] in (" ", *_FILLING.values()):
+            if 0 <= at < len(self._cells) and self._cells[at] in {" ", *_FILLINGS}:
                 self._write(at, span.kind, span)
                 return
         self.left_out += 1
@@ -148,7 +130,7 @@ def _box(span: Span, stages: Sequence[int], room: int) -> str:
     if len(stages) > 1 and len(whole) < room:
         names.insert(0, whole)
     name = next(name for name in names if len(name) <= room)
-    return name.ljust(room, _FILLING[span.kind])
+    return name.ljust(room, STYLES[span.kind].filling)
 
 
 def _ruler(stop: float, columns: int) -> str:

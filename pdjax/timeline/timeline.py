@@ -1,4 +1,4 @@
-"""What happened when: the spans of every worker, as a value.
+"""Timelines: the spans of every worker, as a value.
 
 Simulated (`pdjax.simulate`) or measured by the executor (`Pipeline.record`): the same type, so
 that one can be laid over the other. Nothing here imports JAX.
@@ -11,18 +11,28 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 
+from pdjax.schedules.action import ActionKind, Result
 from pdjax.timeline.rows import column
 
-SpanKind = Literal["F", "B", "I", "W", "U", "FB", "FBU"]
-"""What a worker does: forward pass, backward pass, its input part, its weight part, update of the
-weights; a forward pass and what follows it in one program."""
+SpanKind = ActionKind | Literal["FB", "FBU"]
+"""The kind of a span: one action, or several in one program, by the letters of
+`pdjax.schedules.action.KINDS`."""
+
+
+def actions_of(kind: SpanKind) -> tuple[ActionKind, ...]:
+    """The actions that a span is of, in order."""
+    return cast(tuple[ActionKind, ...], tuple(kind))
+
 
 TransferKind = Literal["F", "B", "R"]
-"""What travels: activations, their cotangents, gradients in an all-reduce."""
+"""The kind of a transfer: activations, their cotangents, gradients in an all-reduce."""
+
+TRANSFERS: dict[Result, TransferKind] = {"activations": "F", "cotangents": "B", "gradients": "R"}
+"""The letter of each result that travels."""
 
 
 class Span(NamedTuple):
@@ -30,8 +40,8 @@ class Span(NamedTuple):
 
     Attributes:
         worker: the worker.
-        kind: what it did.
-        stage: the stage that it did it for.
+        kind: the kind of action.
+        stage: the stage that it belongs to.
         microbatch: the microbatch; for an update the last one whose gradient it applied.
         start_s: when it could start: its inputs were there and the worker was free. In seconds.
         end_s: when its results were ready.
@@ -59,12 +69,12 @@ class Transfer(NamedTuple):
     Attributes:
         source: the worker that sends.
         target: the worker that receives.
-        kind: what travels.
-        stage: the stage that made it.
+        kind: the kind of values.
+        stage: the stage that made them.
         microbatch: the microbatch; of gradients the last one that they are of.
-        num_bytes: how much.
-        start_s: when the link was free for it. In seconds.
-        end_s: when it had arrived.
+        num_bytes: their size.
+        start_s: when the link was free for them. In seconds.
+        end_s: when they had arrived.
     """
 
     source: int
@@ -77,8 +87,8 @@ class Transfer(NamedTuple):
     end_s: float
 
 
-class Held(NamedTuple):
-    """What a worker holds from a moment on, until its next entry.
+class MemorySample(NamedTuple):
+    """The bytes that a worker holds from a moment on, until its next sample.
 
     Attributes:
         worker: the worker.
@@ -95,21 +105,21 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """The spans of all workers, what travelled between them, and what they held.
+    """The spans of all workers, the transfers between them, and the bytes that they held.
 
     Attributes:
-        title: what was run.
+        title: a name of the run.
         num_workers: number of workers.
         spans: the spans, by start.
         transfers: the transfers, by start; empty if they were not followed.
-        memory: what the workers held, by time; empty if it was not followed.
+        memory: samples of the bytes that workers held, by time; empty if it was not followed.
     """
 
     title: str
     num_workers: int
     spans: Sequence[Span]
     transfers: Sequence[Transfer] = ()
-    memory: Sequence[Held] = ()
+    memory: Sequence[MemorySample] = ()
 
     def __post_init__(self) -> None:
         for entries in (self.spans, self.transfers):
@@ -131,7 +141,7 @@ class Timeline:
         return float(column(self.spans, "end_s").max(initial=0.0))
 
     def spans_of(self, worker: int) -> tuple[Span, ...]:
-        """What one worker did, in order."""
+        """The spans of one worker, in order."""
         return self._by_worker.get(worker, ())
 
     @cached_property
@@ -213,5 +223,5 @@ class Timeline:
             value["num_workers"],
             tuple(Span(*entry) for entry in value["spans"]),
             tuple(Transfer(*entry) for entry in value["transfers"]),
-            tuple(Held(*entry) for entry in value["memory"]),
+            tuple(MemorySample(*entry) for entry in value["memory"]),
         )

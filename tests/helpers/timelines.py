@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pdjax.timeline.timeline import Held, Span, Timeline, Transfer
+from pdjax.timeline.timeline import MemorySample, Span, Timeline, Transfer
 
 
 def gpipe(stages: int, microbatches: int, *, split: bool = False, hop_s: float = 0.25) -> Timeline:
@@ -18,11 +18,11 @@ def gpipe(stages: int, microbatches: int, *, split: bool = False, hop_s: float =
     middle = stages + microbatches - 1 + (stages - 1) * hop_s
     back = (1 if split else 2) + hop_s  # from a stage to the one before
     for s in range(stages):
-        memory.append(Held(s, 0.0, 0, 100))
+        memory.append(MemorySample(s, 0.0, 0, 100))
         for m in range(microbatches):
             start = m + s * (1 + hop_s)
             spans.append(Span(s, "F", s, m, start, start + 1))
-            memory.append(Held(s, start, 10 * (m + 1), 100))
+            memory.append(MemorySample(s, start, 10 * (m + 1), 100))
             if s + 1 < stages:
                 transfers.append(Transfer(s, s + 1, "F", s, m, 10, start + 1, start + 1 + hop_s))
             start = middle + (stages - 1 - s) * back + 2 * m
@@ -30,7 +30,7 @@ def gpipe(stages: int, microbatches: int, *, split: bool = False, hop_s: float =
             spans.append(Span(s, "I" if split else "B", s, m, start, sent))
             if split:
                 spans.append(Span(s, "W", s, m, sent, sent + 1))
-            memory.append(Held(s, start + 2, 10 * (microbatches - m - 1), 100))
+            memory.append(MemorySample(s, start + 2, 10 * (microbatches - m - 1), 100))
             if s:
                 transfers.append(Transfer(s, s - 1, "B", s, m, 10, sent, sent + hop_s))
         spans.append(Span(s, "U", s, microbatches - 1, start + 2, start + 2))

@@ -12,7 +12,7 @@ import pytest
 
 from pdjax import schedules
 from pdjax.schedules import ALGORITHMS, Action, Schedule, ScheduleError, dispatch_order, validate
-from pdjax.schedules.schedule import inputs_of
+from pdjax.schedules.action import inputs_of
 from pdjax.schedules.text import draw
 from pdjax.schedules.versions import delay_of, peak_in_flight, peak_versions, versions_read
 from pdjax.schedules.weight_rule import DOUBLE_BUFFER, LATEST, STASH, VERTICAL_SYNC

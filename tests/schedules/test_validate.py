@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pdjax import schedules
 from pdjax.schedules import ALGORITHMS, Action, Schedule, ScheduleError, validate
-from pdjax.schedules.schedule import inputs_of
+from pdjax.schedules.action import inputs_of
 from pdjax.schedules.weight_rule import LATEST, STASH, WeightRule
 
 FAST = settings(deadline=None, max_examples=300)

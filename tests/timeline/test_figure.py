@@ -14,7 +14,7 @@ from timelines import every_kind, gpipe, interleaved
 
 from pdjax.timeline.figure import save_timeline, save_timelines, timelines_figure
 from pdjax.timeline.memory_figure import memory_figure, save_memory
-from pdjax.timeline.style import FILLS, HATCHES, NAMES, grey
+from pdjax.timeline.style import NAMES, STYLES, grey
 from pdjax.timeline.timeline import Span, SpanKind, Timeline, Transfer
 
 EXAMPLES = [gpipe(4, 8), gpipe(4, 8, split=True), interleaved(), every_kind()]
@@ -86,7 +86,7 @@ def test_an_update_is_seen_that_takes_no_time():
     axes = timelines_figure([gpipe(2, 3)]).axes[0]
     (update,) = [c for c in axes.collections if str(c.get_gid()).startswith("U")]
     assert float(np.min(update.get_linewidth())) >= 1
-    assert to_hex(np.asarray(update.get_edgecolor())[0]) == FILLS["U"][0]
+    assert to_hex(np.asarray(update.get_edgecolor())[0]) == STYLES["U"].fills[0]
     assert update.get_zorder() > max(c.get_zorder() for c in axes.collections if c is not update)
 
 
@@ -116,12 +116,14 @@ def test_kinds_differ_in_black_and_white():
     """Each kind has a range of brightness of its own, or is hatched; so has every parity."""
     plain: tuple[SpanKind, ...] = ("F", "I", "B", "W")
     for one, other in combinations(plain, 2):
-        distance = min(abs(grey(a) - grey(b)) for a in FILLS[one] for b in FILLS[other])
+        distance = min(
+            abs(grey(a) - grey(b)) for a in STYLES[one].fills for b in STYLES[other].fills
+        )
         assert distance > 0.08, (one, other)
-    for even, odd in (FILLS[kind] for kind in (*plain, *HATCHES)):
+    for even, odd in (STYLES[kind].fills for kind in (*plain, "FB", "FBU")):
         assert grey(odd) - grey(even) > 0.07
-    assert not HATCHES.keys() & set(plain)
-    assert HATCHES["FB"] != HATCHES["FBU"]
+    assert not any(STYLES[kind].hatch for kind in plain)
+    assert len({STYLES["FB"].hatch, STYLES["FBU"].hatch, ""}) == 3
 
 
 def test_numbers_stand_out_from_their_boxes():
@@ -129,7 +131,7 @@ def test_numbers_stand_out_from_their_boxes():
     spans = [span for span in every_kind().spans if span.kind != "U"]
     for span, text in zip(spans, axes.texts, strict=True):
         bright = 1.0 if text.get_color() == "white" else 0.0
-        assert abs(bright - grey(FILLS[span.kind][span.microbatch % 2])) > 0.4, span
+        assert abs(bright - grey(STYLES[span.kind].fills[span.microbatch % 2])) > 0.4, span
 
 
 def test_all_numbers_are_there_for_eight_workers_and_32_microbatches():

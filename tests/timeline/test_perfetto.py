@@ -10,7 +10,7 @@ import pytest
 from timelines import every_kind, gpipe, interleaved
 
 from pdjax.timeline.perfetto import save_trace, to_trace_json
-from pdjax.timeline.timeline import Held, Span, Timeline, Transfer
+from pdjax.timeline.timeline import MemorySample, Span, Timeline, Transfer
 
 REQUIRED = {
     "M": {"name", "args"},
@@ -231,7 +231,7 @@ def test_times_that_touch_do_not_overlap():
 
 
 def test_held_bytes_are_counters():
-    memory = (Held(0, 0.0, 0, 7), Held(1, 0.0, 0, 8), Held(0, 0.5, 3, 7))
+    memory = (MemorySample(0, 0.0, 0, 7), MemorySample(1, 0.0, 0, 8), MemorySample(0, 0.5, 3, 7))
     timeline = Timeline("x", 2, (Span(0, "F", 0, 0, 0.0, 1.0),), (), memory)
     counters = of(events(timeline), "C")
     assert [(event["name"], event["ts"], event["args"]) for event in counters] == [
