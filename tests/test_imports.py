@@ -15,10 +15,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "pdjax"
 
-COMMON = {"errors", "trees", "units", "serialization"}
+COMMON = {"errors", "trees", "units", "serialization", "column_table"}
 """Small modules that every room may import."""
 
-LEAVES = {"schedules", "timeline", "models", "data"}
+LEAVES = {"schedules", "models", "data"}
 """Rooms that import none but the small modules."""
 
 ARROWS: dict[str, set[str]] = {
@@ -26,6 +26,7 @@ ARROWS: dict[str, set[str]] = {
     "cli": set(),
     "launch": {"cli"},
     **{room: set[str]() for room in LEAVES},
+    "timeline": {"schedules"},
     "distributed": set(),
     "trace": set(),
     "nnx": {"trace"},
@@ -56,7 +57,7 @@ ARROWS: dict[str, set[str]] = {
 """For each room the rooms that it may import, besides the small modules."""
 
 WITHOUT_JAX = {
-    *("errors", "units", "serialization", "cli", "launch"),
+    *("errors", "units", "serialization", "column_table", "cli", "launch"),
     *("schedules", "timeline", "plan", "simulate"),
 }
 """Rooms in which no module imports JAX, directly or through another module."""
@@ -173,6 +174,23 @@ def test_arrows_make_no_circle():
 
     for room in ARROWS:
         below(room, ())
+
+
+def test_modules_make_no_circle():
+    """Inside the rooms, too."""
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, f"a circle: {' → '.join([*path[path.index(module) :], module])}"
+        if module in done or module not in MODULES:
+            return
+        for name in imports(module):
+            visit(name, (*path, module))
+        done.add(module)
+
+    for module in MODULES:
+        if module != "pdjax":
+            visit(module, ())
 
 
 @pytest.mark.parametrize(
