@@ -42,7 +42,6 @@ from pdjax.errors import NonFiniteLossError as NonFiniteLossError
 from pdjax.errors import PdjaxWarning as PdjaxWarning
 from pdjax.plan import Plan as Plan
 from pdjax.plan import PlanOptions as PlanOptions
-from pdjax.plan import plan_pipeline as plan_pipeline
 from pdjax.profile import Profile as Profile
 from pdjax.schedules import ALGORITHMS as ALGORITHMS
 from pdjax.schedules import Action as Action
@@ -56,6 +55,7 @@ from pdjax.schedules import validate as validate
 from pdjax.schedules.weight_rule import LATEST as LATEST
 from pdjax.schedules.weight_rule import STASH as STASH
 from pdjax.schedules.weight_rule import WeightRule as WeightRule
+from pdjax.simulate import plan_pipeline as plan_pipeline
 from pdjax.timeline import Timeline as Timeline
 from pdjax.topology import Topology as Topology
 

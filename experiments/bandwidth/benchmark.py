@@ -22,8 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from pdjax.launch import memory_variables
-from pdjax.plan import PlanOptions, plan_pipeline
+from pdjax.plan import PlanOptions
 from pdjax.profile.files import load_profile
+from pdjax.simulate import plan_pipeline
 from pdjax.topology.topology import Topology
 
 HERE = Path(__file__).parent

@@ -20,7 +20,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pdjax.plan import Plan, PlanOptions, plan_pipeline
+from pdjax.plan import Plan, PlanOptions, search_plan
 from pdjax.plan.cost_model import Part
 from pdjax.plan.planner import make_case
 from pdjax.profile.files import load_profile
@@ -104,7 +104,7 @@ def options(model: str, **more: Any) -> PlanOptions:
 
 def plan(row: Row, share: float = 1.0, **more: Any) -> Plan:
     topology = Topology.parse(row.topology)
-    return plan_pipeline(load(row.model, share), topology, options(row.model, **more))
+    return search_plan(load(row.model, share), topology, options(row.model, **more))
 
 
 def times(found: Plan) -> tuple[float, float]:

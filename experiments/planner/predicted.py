@@ -26,7 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pdjax.plan import Plan, PlanOptions, manual_plan, plan_pipeline
+from pdjax.plan import Plan, PlanOptions, manual_plan, search_plan
 from pdjax.profile.measure import measure
 from pdjax.profile.profile import Profile
 from pdjax.profile.timing import Pass, make_inputs, sample, saved_values
@@ -148,7 +148,7 @@ def prepare(name: str) -> tuple[Callable[[], Profile], list[Timed]]:
     timed = []
     for count in model.planned:
         options = PlanOptions(num_stages=count, straight=True)
-        plan = plan_pipeline(first, Topology.uniform(count, 10e9), options)
+        plan = search_plan(first, Topology.uniform(count, 10e9), options)
         timed.append(Timed(name, "planned", plan, compile_plan(graph, plan, batch)))
     for cuts in model.by_hand:
         plan = manual_plan(first.names, first.column("compute_s"), cuts)

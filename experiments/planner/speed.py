@@ -28,10 +28,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pdjax.plan import PlanOptions, plan_pipeline
+from pdjax.plan import PlanOptions
 from pdjax.plan.planner import make_case
 from pdjax.plan.search import fastest, fits
 from pdjax.profile.profile import LayerProfile, Profile
+from pdjax.simulate import plan_pipeline
 from pdjax.topology.topology import Topology
 
 TOPOLOGIES = (

@@ -13,7 +13,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from pdjax.plan import Plan
 from pdjax.profile.files import load_profile
 from pdjax.profile.profile import Profile
-from pdjax.schedules import Schedule, find_algorithm
+from pdjax.schedules import ALGORITHMS, Schedule, find_algorithm
 from pdjax.schedules.building import num_workers_of
 from pdjax.split.differentiate import Remat
 from pdjax.topology.topology import Topology
@@ -272,6 +272,28 @@ def choose_num_microbatches(schedule: str | Schedule, wish: int | None) -> int |
             )
         return schedule.num_microbatches
     return wish
+
+
+def check_option(name: str, value: int | None, schedule: str | Schedule) -> int | None:
+    """An option of a schedule, `slack` or `update_lag`, if the schedule can have it.
+
+    Raises:
+        ValueError: if it cannot, or the option is no number of passes or rounds.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name}={value!r}; expected a whole number from 0 on.")
+    if schedule == AUTO or isinstance(schedule, Schedule):
+        what = "schedule='auto' chooses it" if schedule == AUTO else "the schedule has its own"
+        raise ValueError(f"{name}={value}, but {what}. Leave it out, or name the schedule.")
+    algorithm = find_algorithm(schedule)
+    if value and not algorithm.takes(name):
+        able = ", ".join(each for each, row in ALGORITHMS.items() if row.takes(name))
+        raise ValueError(
+            f"{name}={value}, but {schedule!r} has no {name}. Leave it out, or use one of {able}."
+        )
+    return value
 
 
 def check_remat(remat: Remat | Sequence[Remat] | None) -> None:

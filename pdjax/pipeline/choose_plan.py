@@ -14,11 +14,12 @@ from pdjax.errors import PdjaxWarning
 from pdjax.pipeline.arguments import for_each_stage
 from pdjax.pipeline.batch import BatchSpec
 from pdjax.pipeline.settings import Settings
-from pdjax.plan import Plan, PlanOptions, balanced_plan, manual_plan, plan_pipeline
+from pdjax.plan import Plan, PlanOptions, balanced_plan, manual_plan
 from pdjax.plan.balance import check_enough_layers
 from pdjax.profile.cached import find_profile
 from pdjax.profile.profile import Profile
 from pdjax.schedules import ALGORITHMS, Schedule, find_algorithm
+from pdjax.simulate import plan_pipeline
 from pdjax.split.differentiate import Remat
 from pdjax.split.state_placement import inseparable_by_state, inseparable_by_ties
 from pdjax.topology.bandwidth import ALONE_BYTES_PER_S
@@ -56,6 +57,8 @@ def make_plan(
         straight=not (settings.replicate and _replicates(settings)),
         remat=_planned_remat(settings.remat),
         optimizer_bytes_per_param_byte=optimizer_ratio(settings.optimizer, params),
+        slack=settings.slack,
+        update_lag=settings.update_lag,
     )
     devices = tuple(next(iter(p.device_set)) for p in settings.placements)
     machines = Machines(devices, settings.topology, settings.profile)

@@ -61,6 +61,7 @@ def choose_schedule(
         num_microbatches=count,
         schedules=names,
         optimizer_bytes_per_param_byte=optimizer_ratio(settings.optimizer, params),
+        choose_options=True,
     )
     if not comparison.outcomes:
         raise ValueError(
@@ -73,7 +74,13 @@ def choose_schedule(
     candidate = comparison.candidates[comparison.outcomes.index(chosen)]
     if not find_algorithm(chosen.name).divides:
         figures = replace(figures, num_microbatches=1, profile=settings.profile)
-    decided = replace(figures, schedule=chosen.name, num_stages=candidate.schedule.num_stages)
+    decided = replace(
+        figures,
+        schedule=chosen.name,
+        num_stages=candidate.schedule.num_stages,
+        slack=candidate.slack,
+        update_lag=candidate.update_lag,
+    )
     return replace(decided, plan=plan) if chosen.name == _PLANNED_AS else decided, comparison
 
 

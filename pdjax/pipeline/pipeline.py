@@ -15,6 +15,7 @@ from pdjax.errors import BrokenPipelineError
 from pdjax.pipeline.arguments import (
     check_machines,
     check_optimizer,
+    check_option,
     check_remat,
     check_rng,
     choose_num_chunks,
@@ -95,6 +96,14 @@ class Pipeline:
             not given, False in one process, whose devices share its memory and, on a CPU, its
             cores, and True where the run has several processes, which bring machines of their
             own.
+        slack: forward passes that each stage does beyond the smallest warm-up, under
+            ``"one_f_one_b"``, ``"pipedream"``, ``"pipedream_vertical_sync"`` and
+            ``"pipedream_2bw"``. They hide transfers, and cost memory and, under asynchronous
+            schedules, staleness. If not given, an automatic plan or schedule chooses it by
+            simulation, a `Plan` has its own, and it is 0 with any other plan.
+        update_lag: rounds by which stages with replicas make their updates late under
+            ``"pipedream"``, which hides the all-reduce behind computing, and costs a version of
+            the weights. If not given, as for `slack`.
         num_microbatches: how many microbatches a minibatch is divided into; if not given, 1 for
             ``"pipedream"``, else as many as divide it evenly, up to four for each device.
         devices: where the stages are placed, one each, as devices or shardings; `jax.devices()`
@@ -147,6 +156,8 @@ class Pipeline:
         num_stages: int | None = None,
         num_chunks: int | None = None,
         replicate: bool | None = None,
+        slack: int | None = None,
+        update_lag: int | None = None,
         num_microbatches: int | None = None,
         devices: Sequence[Any] | None = None,
         plan: Plan | str | PathLike[str] | Sequence[str] | None = None,
@@ -181,6 +192,8 @@ class Pipeline:
             num_stages=count,
             num_chunks=num_chunks,
             replicate=replicate,
+            slack=check_option("slack", slack, schedule),
+            update_lag=check_option("update_lag", update_lag, schedule),
             num_microbatches=choose_num_microbatches(schedule, num_microbatches),
             plan=chosen,
             topology=machines,

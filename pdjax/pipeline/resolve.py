@@ -152,6 +152,7 @@ def _choose_together(
         try:
             chosen, plan, comparison = _choose(settings, example, graph)
             said = {"num_microbatches": chosen.num_microbatches, "plan": plan.to_json()}
+            said |= {"slack": chosen.slack, "update_lag": chosen.update_lag}
             said["schedule"] = None if chosen.schedule == settings.schedule else chosen.schedule
         except ValueError as error:
             said = {"error": str(error)}
@@ -162,6 +163,8 @@ def _choose_together(
         settings,
         num_microbatches=said["num_microbatches"],
         schedule=said["schedule"] or settings.schedule,
+        slack=said["slack"],
+        update_lag=said["update_lag"],
     )
     return chosen, Plan.from_json(said["plan"]), comparison
 

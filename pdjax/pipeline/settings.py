@@ -55,6 +55,8 @@ class Settings:
         num_stages: number of stages; None if the plan decides.
         num_chunks: stages on each worker; None for the schedule's usual number.
         replicate: whether an automatic plan may replicate stages; None for the usual choice.
+        slack: forward passes beyond the smallest warm-up; None for the plan's.
+        update_lag: rounds by which updates of replicated stages are late; None for the plan's.
     """
 
     loss_fn: Callable[..., Any]
@@ -66,6 +68,8 @@ class Settings:
     num_stages: int | None
     num_chunks: int | None
     replicate: bool | None
+    slack: int | None
+    update_lag: int | None
     num_microbatches: int | None
     plan: Plan | tuple[str, ...] | Literal["auto", "balanced"]
     topology: Topology | None
@@ -145,7 +149,15 @@ def make_schedule(settings: Settings) -> tuple[Schedule, WeightRule]:
         count = settings.num_microbatches or 1
         plan = settings.plan
         replicas = plan.replicas if isinstance(plan, Plan) else None
-        made = algorithm.make(settings.num_stages, count, settings.num_chunks, replicas)
+        slack, update_lag = _schedule_options(settings, schedule)
+        made = algorithm.make(
+            settings.num_stages,
+            count,
+            settings.num_chunks,
+            replicas,
+            slack=slack,
+            update_lag=update_lag,
+        )
         schedule = replace(made, name=schedule)
     else:
         usual = LATEST if schedule.flushes else STASH
@@ -154,6 +166,16 @@ def make_schedule(settings: Settings) -> tuple[Schedule, WeightRule]:
         rule = settings.weight_rule or usual
     validate(schedule, rule)
     return schedule, rule
+
+
+def _schedule_options(settings: Settings, schedule: str) -> tuple[int, int]:
+    """Slack and update lag: the given ones, or those of a plan for this schedule, or none."""
+    slack, update_lag, plan = settings.slack, settings.update_lag, settings.plan
+    planned = isinstance(plan, Plan) and plan.prediction is not None
+    if planned and plan.prediction.schedule == schedule:
+        slack = plan.slack if slack is None else slack
+        update_lag = plan.update_lag if update_lag is None else update_lag
+    return slack or 0, update_lag or 0
 
 
 def may_replicate(given: bool | None, several: bool) -> bool:

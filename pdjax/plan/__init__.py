@@ -1,6 +1,7 @@
 """Plans: which layers make up which stage, on which workers.
 
-`plan_pipeline` finds the fastest one that fits. Nothing here imports JAX.
+`search_plan` finds the one with the highest steady-state throughput that fits. Nothing here imports
+JAX.
 """
 
 from pdjax.plan.balance import balanced_plan as balanced_plan
@@ -10,4 +11,4 @@ from pdjax.plan.figures import StageFigures as StageFigures
 from pdjax.plan.figures import Strategy as Strategy
 from pdjax.plan.plan import Plan as Plan
 from pdjax.plan.planner import PlanOptions as PlanOptions
-from pdjax.plan.planner import plan_pipeline as plan_pipeline
+from pdjax.plan.planner import search_plan as search_plan

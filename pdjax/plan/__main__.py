@@ -11,13 +11,14 @@ import jax
 from rich.console import Console
 
 from pdjax.cli import run_command
-from pdjax.plan import Plan, PlanOptions, plan_pipeline
+from pdjax.plan import Plan, PlanOptions
 from pdjax.plan.figure import save_plan
 from pdjax.profile.files import load_profile
 from pdjax.profile.measure import measure
 from pdjax.profile.profile import Profile
 from pdjax.profile.rates import find_rates
 from pdjax.profile.roofline import estimate
+from pdjax.simulate import plan_pipeline
 from pdjax.task import make_task
 from pdjax.topology.topology import Topology
 from pdjax.trace.layers import LayerGraph, build_graph
@@ -73,6 +74,13 @@ class PlanConfig:
 
     optimizer_bytes_per_param_byte: float = 2.0
     """Size of the optimizer state: 2 for Adam, 1 for momentum, 0 for plain SGD."""
+
+    slack: int | None = None
+    """Forward passes of each stage beyond the smallest warm-up; by default chosen by simulation."""
+
+    update_lag: int | None = None
+    """Rounds by which updates of replicated stages are late, under pipedream; by default chosen by
+    simulation."""
 
     overlap: bool = False
     """Whether stages compute while their replicas are synchronised, as where updates are a round
@@ -135,6 +143,8 @@ def _options(config: PlanConfig) -> PlanOptions:
         remat=config.remat,
         optimizer_bytes_per_param_byte=config.optimizer_bytes_per_param_byte,
         overlap=config.overlap,
+        slack=config.slack,
+        update_lag=config.update_lag,
         sync=config.sync,
     )
 

@@ -41,6 +41,11 @@ class Case:
         """The same question for other machines."""
         return replace(self, costs=self.costs.changed(topology=topology))
 
+    def with_options(self, *, slack: int, update_lag: int) -> Case:
+        """The same question for a schedule with other options."""
+        memory = replace(self.costs.memory, slack=slack, update_lag=update_lag)
+        return replace(self, costs=self.costs.changed(memory=memory))
+
     def microbatch_s(self, parts: tuple[Part, ...]) -> float:
         """Seconds for each microbatch, with the filling and draining of a flushed pipeline.
 

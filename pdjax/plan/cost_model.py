@@ -94,6 +94,8 @@ class MemoryForm:
         remat: whether stages keep only their input of each microbatch in flight, and repeat their
             forward pass before the backward pass: ``"none"``, ``"full"`` (all of them), or
             ``"auto"`` (those for which memory would not suffice).
+        slack: forward passes of each stage but the last beyond the smallest warm-up.
+        update_lag: rounds by which updates are late, each of which keeps a version more.
     """
 
     stashes: bool = True
@@ -102,6 +104,8 @@ class MemoryForm:
     keeps_all: bool = False
     optimizer_bytes_per_param_byte: float = 2.0
     remat: Literal["auto", "none", "full"] = "auto"
+    slack: int = 0
+    update_lag: int = 0
 
     def __post_init__(self) -> None:
         if self.keeps_all and self.num_microbatches is None:
@@ -118,7 +122,7 @@ class MemoryForm:
         versions = warm_up + 1 if self.stashes else warm_up * 0 + 1
         if self.versions is not None:
             versions = warm_up * 0 + self.versions
-        return versions + 1 + self.optimizer_bytes_per_param_byte
+        return versions + self.update_lag + 1 + self.optimizer_bytes_per_param_byte
 
     def in_flight(self, warm_up: Any) -> Any:
         """The most microbatches in flight on a stage."""
@@ -300,13 +304,13 @@ class Costs:
         """The stages of a plan, in order, with their workers and warm-up counts.
 
         The number of warm-up passes is the smallest that keeps every stage busy: 0 on the last
-        stage, before it ``ceil(r_next (w_next + 1) / r)``.
+        stage, before it ``ceil(r_next (w_next + 1) / r)``, and the slack.
         """
         placed: list[PlacedStage] = []
         demand = 0
         for part, workers in reversed(list(self._leaves(parts))):
             replicas = len(workers)
-            warm_up = -(-demand // replicas)
+            warm_up = -(-demand // replicas) + (self.memory.slack if placed else 0)
             demand = replicas * (warm_up + 1)
             placed.append(
                 PlacedStage(part.first, part.stop, replicas, warm_up, workers, part.remat)

@@ -102,6 +102,8 @@ class Prediction:
         chosen: the plan itself.
         others: other ways to train on the same machines.
         advice: what to do, in a sentence.
+        limit_s: seconds for each minibatch that the busiest stage or link allows once the pipeline
+            is full, if `chosen` has the time of a simulation; None if it has that limit itself.
     """
 
     schedule: str
@@ -112,6 +114,7 @@ class Prediction:
     chosen: Strategy
     others: tuple[Strategy, ...]
     advice: str
+    limit_s: float | None = None
 
     def __post_init__(self) -> None:
         if not is_count(self.num_microbatches) or self.num_microbatches < 1:
@@ -121,6 +124,8 @@ class Prediction:
         for name in ("schedule", "topology", "source", "advice"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected a text.")
+        if self.limit_s is not None:
+            check_amounts(self, ("limit_s",))
 
     @property
     def minibatch_s(self) -> float:

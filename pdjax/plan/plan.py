@@ -35,6 +35,8 @@ class Plan:
         model: fingerprint of the model that it was made for; "" if unknown.
         stages: what is predicted for each stage; empty if nothing is.
         prediction: what is predicted for the whole, or None.
+        slack: forward passes of each stage but the last beyond the smallest warm-up.
+        update_lag: rounds by which the updates of replicated stages are late.
     """
 
     layers: tuple[str, ...]
@@ -43,6 +45,8 @@ class Plan:
     model: str = ""
     stages: tuple[StageFigures, ...] = ()
     prediction: Prediction | None = None
+    slack: int = 0
+    update_lag: int = 0
 
     def __post_init__(self) -> None:
         starts = self.first_layers
@@ -64,6 +68,9 @@ class Plan:
         held = [worker for stage in self.stages for worker in stage.workers]
         if len(set(held)) < len(held):
             raise ValueError(f"a worker has two stages: the stages have the workers {held}.")
+        for name in ("slack", "update_lag"):
+            if not is_count(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number from 0 on.")
         if not all(map(is_amount, self.shares)):
             raise ValueError(f"shares is {list(self.shares)}; expected numbers from 0 to 1.")
 
@@ -118,7 +125,10 @@ class Plan:
 
     def __str__(self) -> str:
         layers = [self.stage_layers(stage) for stage in range(self.num_stages)]
-        return describe(layers, self.shares, self.stages, self.prediction)
+        lines = describe(layers, self.shares, self.stages, self.prediction)
+        options = {"slack": self.slack, "update lag": self.update_lag}
+        named = [f"{name} {value}" for name, value in options.items() if value]
+        return "\n\n".join([lines, *([f"Run it with {' and '.join(named)}."] if named else [])])
 
     # -------- files
 

@@ -1,4 +1,4 @@
-"""From a profile and the machines to a plan, with what it predicts and what it advises.
+"""From a profile and the machines to the plan with the highest steady-state throughput.
 
 Nothing here imports JAX.
 """
@@ -43,6 +43,10 @@ class PlanOptions:
             counts, as where updates are a round late (`pipedream` with ``update_lag=1``); otherwise
             an update waits for the all-reduce, and the next pass for the update.
         sync: what an all-reduce is taken to send; see `CostForm`.
+        slack: forward passes of each stage beyond the smallest warm-up; see
+            `pdjax.schedules.warm_ups`. None to choose it by simulation.
+        update_lag: rounds by which updates of replicated stages are late, where the schedule has
+            that; None to choose it by simulation.
     """
 
     schedule: str = "pipedream"
@@ -54,6 +58,8 @@ class PlanOptions:
     together: tuple[tuple[int, int], ...] = ()
     overlap: bool = False
     sync: Sync = "ring"
+    slack: int | None = None
+    update_lag: int | None = None
 
     def __post_init__(self) -> None:
         find_algorithm(self.schedule)
@@ -66,27 +72,34 @@ class PlanOptions:
                 f"optimizer_bytes_per_param_byte={self.optimizer_bytes_per_param_byte}; expected "
                 "a number that is not negative, such as 2 for Adam."
             )
+        for name in ("slack", "update_lag"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name}={value}; expected a number from 0 on.")
         if self.remat not in ("auto", "none", "full"):
             raise ValueError(f"remat={self.remat!r}; expected 'auto', 'none' or 'full'.")
         if self.sync not in ("ring", "paper", "original"):
             raise ValueError(f"sync={self.sync!r}; expected 'ring', 'paper' or 'original'.")
 
 
-def plan_pipeline(profile: Profile, topology: Topology, options: PlanOptions | None = None) -> Plan:
-    """The fastest plan that fits.
+def search_plan(profile: Profile, topology: Topology, options: PlanOptions | None = None) -> Plan:
+    """The plan with the highest steady-state throughput that fits; nothing is simulated.
+
+    Args and errors as for `search`.
+    """
+    return as_plan(*search(profile, topology, options or PlanOptions()))
+
+
+def search(
+    profile: Profile, topology: Topology, options: PlanOptions
+) -> tuple[Case, tuple[Part, ...]]:
+    """The costs, and the parts of the plan with the highest steady-state throughput that fits.
 
     Of all nested plans, with any replication and any number of workers up to all, the one whose
     slowest part takes the least time; see `pdjax.plan.cost_model` for what is charged. Under a
     schedule that is flushed after each minibatch, filling and draining count, too: that plan is
     then compared with the best ones on fewer workers, with data parallelism and with one worker,
     so that the answer is good, but not proved to be the best.
-
-    Example:
-        >>> from pdjax.profile import LayerProfile, Profile
-        >>> layers = tuple(LayerProfile(f"block_{i}", 1e-3, 2e-3, 4e5, 8e6) for i in range(8))
-        >>> plan = plan_pipeline(Profile(layers), Topology.parse("4@1GB/s"))
-        >>> plan.notation, plan.first_layers
-        ('1-1-1-1', (0, 2, 4, 6))
 
     Args:
         profile: the layers.
@@ -97,13 +110,12 @@ def plan_pipeline(profile: Profile, topology: Topology, options: PlanOptions | N
         ValueError: if there are fewer layers or workers than stages asked for, or if nothing
             fits; the text then says how many bytes are missing and what would make it fit.
     """
-    options = options or PlanOptions()
     case = make_case(profile, topology, options)
     _check(case, options)
     found = _best(case, options)
     if found is None:
         raise ValueError(explain_shortage(case, options.straight, options.num_stages))
-    return _as_plan(case, found, options)
+    return case, found
 
 
 def make_case(profile: Profile, topology: Topology, options: PlanOptions) -> Case:
@@ -233,19 +245,21 @@ def _fewer(num_units: int, many: int) -> list[int]:
     return [num_units >> by for by in range(1, num_units.bit_length())]
 
 
-def _as_plan(case: Case, parts: tuple[Part, ...], options: PlanOptions) -> Plan:
-    stages = case.costs.stages(parts)
-    total = sum(case.costs.work_s(stage.first, stage.stop, stage.remat) for stage in stages)
-    figures = tuple(_figures(case, parts, stage) for stage in stages)
-    others = alternatives(case)
-    plan = Plan(
-        layers=case.costs.profile.names,
-        first_layers=tuple(stage.first for stage in stages),
-        shares=tuple(stage.compute_s / total if total else 0.0 for stage in figures),
-        model=case.costs.profile.model,
-        stages=figures,
-    )
-    chosen = strategy(case, f"this plan, {plan.notation}", parts)
+def as_plan(
+    case: Case, parts: tuple[Part, ...], simulated_microbatch_s: float | None = None
+) -> Plan:
+    """The plan that consists of some parts, with its predictions and the advice.
+
+    Args:
+        case: the costs; their `MemoryForm` has slack and update lag.
+        parts: the plan.
+        simulated_microbatch_s: seconds for each microbatch by simulation, if it was simulated.
+    """
+    plan = plan_of_parts(case, parts)
+    others = alternatives(case.with_options(slack=0, update_lag=0))
+    chosen = limit = strategy(case, f"this plan, {plan.notation}", parts)
+    if simulated_microbatch_s is not None:
+        chosen = replace(limit, microbatch_s=simulated_microbatch_s)
     prediction = Prediction(
         schedule=case.schedule,
         topology=str(case.costs.topology),
@@ -255,8 +269,25 @@ def _as_plan(case: Case, parts: tuple[Part, ...], options: PlanOptions) -> Plan:
         chosen=chosen,
         others=others,
         advice=advice(case, plan, chosen, others),
+        limit_s=None if chosen is limit else limit.microbatch_s * case.num_microbatches,
     )
     return replace(plan, prediction=prediction)
+
+
+def plan_of_parts(case: Case, parts: tuple[Part, ...]) -> Plan:
+    """The same without predictions for the whole."""
+    stages = case.costs.stages(parts)
+    total = sum(case.costs.work_s(stage.first, stage.stop, stage.remat) for stage in stages)
+    figures = tuple(_figures(case, parts, stage) for stage in stages)
+    return Plan(
+        layers=case.costs.profile.names,
+        first_layers=tuple(stage.first for stage in stages),
+        shares=tuple(stage.compute_s / total if total else 0.0 for stage in figures),
+        model=case.costs.profile.model,
+        stages=figures,
+        slack=case.costs.memory.slack,
+        update_lag=case.costs.memory.update_lag,
+    )
 
 
 def _figures(case: Case, parts: tuple[Part, ...], stage: PlacedStage) -> StageFigures:

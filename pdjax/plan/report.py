@@ -94,18 +94,23 @@ def _strategy_rows(prediction: Prediction) -> list[list[str]]:
     size = prediction.batch_size
     per = "sent/microbatch" if size is None else "sent/example"
     each = "microbatch" if prediction.num_microbatches == 1 else "minibatch"
-    rows = [["", "workers", each, "examples/s", per, "peak", ""]]
+    limit = [] if prediction.limit_s is None else ["limit"]
+    rows = [["", "workers", each, *limit, "examples/s", per, "peak", ""]]
     for strategy in (prediction.chosen, *prediction.others):
         rows.append(_strategy_row(strategy, prediction))
     return rows
 
 
 def _strategy_row(strategy: Strategy, prediction: Prediction) -> list[str]:
-    size = prediction.batch_size
+    size, limit = prediction.batch_size, []
+    if prediction.limit_s is not None:  # of the chosen plan, which was simulated
+        is_chosen = strategy is prediction.chosen
+        limit = [format_seconds(prediction.limit_s) if is_chosen else ""]
     return [
         strategy.name,
         str(strategy.workers),
         format_seconds(strategy.microbatch_s * prediction.num_microbatches),
+        *limit,
         "" if size is None else format_rate(size, strategy.microbatch_s),
         format_bytes(strategy.wire_bytes / (size or 1)),
         format_bytes(strategy.peak_bytes),

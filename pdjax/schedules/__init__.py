@@ -54,6 +54,14 @@ class Algorithm:
         able = "replicas" in inspect.signature(self.order).parameters
         return able and self.weight_rule.forward == "newest"
 
+    def takes(self, option: str) -> bool:
+        """Whether the schedule has an option, ``"slack"`` or ``"update_lag"``.
+
+        Updates can be late only where they wait for an all-reduce among replicas.
+        """
+        able = option in inspect.signature(self.order).parameters
+        return able and (option != "update_lag" or self.replicates)
+
     @property
     def stale(self) -> bool:
         """Whether gradients are applied to other weights than they were computed with."""
@@ -65,6 +73,9 @@ class Algorithm:
         num_microbatches: int,
         num_chunks: int | None = None,
         replicas: Sequence[int] | None = None,
+        *,
+        slack: int = 0,
+        update_lag: int = 0,
     ) -> Schedule:
         """The schedule for a number of stages, on all workers together.
 
@@ -73,10 +84,13 @@ class Algorithm:
             num_microbatches: microbatches in a minibatch.
             num_chunks: virtual stages on each worker; None for the default.
             replicas: for each stage on how many workers it is; one if None.
+            slack: forward passes of each stage beyond the smallest warm-up; see `warm_ups`.
+            update_lag: rounds by which updates of replicated stages are late; see `pipedream`.
 
         Raises:
             ValueError: if there is none for these numbers.
         """
+        options = self._options(slack=slack, update_lag=update_lag)
         if replicas is not None and max(replicas) > 1:
             if not self.replicates:
                 able = ", ".join(name for name, row in ALGORITHMS.items() if row.replicates)
@@ -84,7 +98,7 @@ class Algorithm:
                     f"replicas={tuple(replicas)}, but this schedule has one worker for each "
                     f"stage. Use one of {able}, or a plan without replicas."
                 )
-            return self.order(num_stages, num_microbatches, replicas=replicas)
+            return self.order(num_stages, num_microbatches, replicas=replicas, **options)
         if self.num_chunks > 1:
             chunks = num_chunks or self.num_chunks
             return self.order(num_stages, num_microbatches, num_chunks=chunks)
@@ -93,7 +107,18 @@ class Algorithm:
                 f"num_chunks={num_chunks}, but this schedule runs one stage on each worker; "
                 "interleaved runs several."
             )
-        return self.order(num_stages, num_microbatches)
+        return self.order(num_stages, num_microbatches, **options)
+
+    def _options(self, **given: int) -> dict[str, int]:
+        """Those options that differ from 0."""
+        for option, value in given.items():
+            if value and not self.takes(option):
+                able = ", ".join(name for name, row in ALGORITHMS.items() if row.takes(option))
+                raise ValueError(
+                    f"{option}={value}, but this schedule has no {option}. Leave it at 0, or use "
+                    f"one of {able}."
+                )
+        return {option: value for option, value in given.items() if value}
 
 
 ALGORITHMS: dict[str, Algorithm] = {

@@ -14,3 +14,4 @@ from pdjax.simulate.simulation import simulate as simulate
 from pdjax.simulate.stage_cost import StageCost as StageCost
 from pdjax.simulate.steady_state import staleness as staleness
 from pdjax.simulate.steady_state import steady_s as steady_s
+from pdjax.simulate.tuned_plan import plan_pipeline as plan_pipeline

@@ -5,8 +5,8 @@ Nothing here imports JAX.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from pdjax.plan.balance import balanced_plan
 from pdjax.plan.plan import Plan
@@ -32,6 +32,8 @@ class Candidate:
         rule: which version of the weights each pass reads.
         workers: for each of its workers the number in the topology.
         note: how its stages differ from those of the plan; "" if they do not.
+        slack: forward passes of each stage beyond the smallest warm-up.
+        update_lag: rounds by which updates of replicated stages are late.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Candidate:
     rule: WeightRule
     workers: tuple[int, ...]
     note: str = ""
+    slack: int = 0
+    update_lag: int = 0
 
     def timeline(
         self, topology: Topology | None = None, num_minibatches: int | None = None
@@ -111,14 +115,42 @@ class Candidates:
             return self.of_algorithm(schedule)
         return self.of_schedule(schedule)
 
-    def of_algorithm(self, name: str) -> Candidate:
+    def of_algorithm(
+        self, name: str, slack: int | None = None, update_lag: int | None = None
+    ) -> Candidate:
         """The candidate that runs an algorithm on all workers of the plan.
+
+        Args:
+            name: of the algorithm.
+            slack: of the schedule; if None, that of the plan if it was made for this algorithm.
+            update_lag: likewise.
 
         Raises:
             ValueError: if there is no such schedule for the plan.
         """
         algorithm = find_algorithm(name)
-        return self._candidate(name, self._make(algorithm), algorithm.weight_rule)
+        planned = self.plan.prediction is not None and self.plan.prediction.schedule == name
+        if slack is None:
+            slack = self.plan.slack if planned else 0
+        if update_lag is None:
+            update_lag = self.plan.update_lag if planned else 0
+        schedule = self._make(algorithm, slack, update_lag)
+        found = self._candidate(name, schedule, algorithm.weight_rule)
+        options = {"slack": slack, "update lag": update_lag}
+        notes = [f"{option} {value}" for option, value in options.items() if value]
+        note = "; ".join([*notes, *([found.note] if found.note else [])])
+        return replace(found, note=note, slack=slack, update_lag=update_lag)
+
+    def choices(self, name: str) -> Iterator[Candidate]:
+        """The candidates that run an algorithm, with different options, the least costly first."""
+        algorithm = find_algorithm(name)
+        late = algorithm.takes("update_lag") and max(self.plan.replicas) > 1
+        yield self.of_algorithm(name, 0, 0)
+        if algorithm.takes("slack") and self.plan.num_stages > 1:
+            yield self.of_algorithm(name, 1, 0)
+        if late:
+            yield self.of_algorithm(name, 0, 1)
+            yield self.of_algorithm(name, 1, 1)
 
     def of_schedule(self, schedule: Schedule) -> Candidate:
         """The candidate that runs a schedule as it is.
@@ -135,13 +167,14 @@ class Candidates:
         validate(schedule, rule)
         return self._candidate(schedule.name, schedule, rule)
 
-    def _make(self, algorithm: Algorithm) -> Schedule:
+    def _make(self, algorithm: Algorithm, slack: int, update_lag: int) -> Schedule:
         """The schedule that an algorithm has for as many workers as the plan has."""
         count = self.num_microbatches if algorithm.divides else 1
-        replicas = self.plan.replicas
-        if max(replicas) > 1 and algorithm.replicates:
-            return algorithm.make(self.plan.num_stages, count, replicas=replicas)
-        return algorithm.make(sum(replicas) * algorithm.num_chunks, count)
+        given = self.plan.replicas
+        stages, replicas = sum(given) * algorithm.num_chunks, None
+        if max(given) > 1 and algorithm.replicates:
+            stages, replicas = self.plan.num_stages, given
+        return algorithm.make(stages, count, replicas=replicas, slack=slack, update_lag=update_lag)
 
     def _candidate(self, name: str, schedule: Schedule, rule: WeightRule) -> Candidate:
         costs, note = self._costs(schedule)

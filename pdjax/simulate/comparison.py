@@ -89,6 +89,7 @@ def compare(
     num_microbatches: int | None = None,
     schedules: Iterable[str | Schedule] | None = None,
     optimizer_bytes_per_param_byte: float = 2.0,
+    choose_options: bool = False,
 ) -> Comparison:
     """Simulates schedules for a plan.
 
@@ -106,6 +107,9 @@ def compare(
             None, as many as the plan was made for, or four for each worker if that was one.
         schedules: names of algorithms, or schedules; if None, all algorithms.
         optimizer_bytes_per_param_byte: size of the optimizer state: 2 for Adam, 0 for plain SGD.
+        choose_options: whether slack and update lag of each schedule are chosen: the smallest with
+            which it takes at most 1 % longer than with the best that fits. Otherwise they are
+            those of the plan under the schedule that it was made for, and 0 under any other.
 
     Raises:
         ValueError: if the plan predicts nothing and there is no profile, if the profile is that of
@@ -123,8 +127,12 @@ def compare(
     outcomes, chosen, left_out = [], [], []
     for name in ALGORITHMS if schedules is None else schedules:
         try:
-            candidate = candidates.find(name)
-            outcomes.append(outcome_of(candidate, topology))
+            if choose_options and isinstance(name, str):
+                candidate, outcome = _best(candidates.choices(name), topology)
+            else:
+                candidate = candidates.find(name)
+                outcome = outcome_of(candidate, topology)
+            outcomes.append(outcome)
             chosen.append(candidate)
         except ValueError as error:
             left_out.append((name if isinstance(name, str) else name.name, str(error)))
@@ -137,6 +145,14 @@ def compare(
         tuple(chosen),
         tuple(left_out),
     )
+
+
+def _best(choices: Iterable[Candidate], topology: Topology | None) -> tuple[Candidate, Outcome]:
+    """The first candidate that takes at most 1 % longer than the fastest that fits."""
+    pairs = [(candidate, outcome_of(candidate, topology)) for candidate in choices]
+    fitting = [pair for pair in pairs if pair[1].fits] or pairs[:1]
+    fastest_s = min(outcome.minibatch_s for _, outcome in fitting)
+    return next(pair for pair in fitting if pair[1].minibatch_s <= fastest_s * _CLOSE)
 
 
 def outcome_of(candidate: Candidate, topology: Topology | None) -> Outcome:

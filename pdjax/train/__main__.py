@@ -142,6 +142,8 @@ def _make_pipeline(
         num_stages=num_stages,
         num_chunks=config.num_chunks,
         replicate=config.replicate,
+        slack=config.slack,
+        update_lag=config.update_lag,
         allow_stale=config.allow_stale,
         num_microbatches=config.num_microbatches,
         plan=plan,

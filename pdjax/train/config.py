@@ -38,6 +38,15 @@ class TrainConfig:
     """Whether the automatic plan may give a stage several devices, its replicas. By default not in
     one process, but where there are several."""
 
+    slack: int | None = None
+    """Forward passes of each stage beyond the smallest warm-up, under one_f_one_b and the pipedream
+    schedules: they hide transfers and cost memory. By default as an automatic plan, or the plan
+    in a file, says; else 0."""
+
+    update_lag: int | None = None
+    """Rounds by which replicated stages make their updates late under pipedream, which hides the
+    all-reduce. By default likewise."""
+
     num_chunks: int | None = None
     """Stages on each device under interleaved; by default 2."""
 

@@ -12,10 +12,11 @@ import zoo
 
 import pdjax
 from pdjax import cache
-from pdjax.plan import PlanOptions, plan_pipeline
+from pdjax.plan import PlanOptions
 from pdjax.profile import cached
 from pdjax.profile.rates import Rates
 from pdjax.profile.roofline import estimate
+from pdjax.simulate import plan_pipeline
 from pdjax.trace.layers import build_graph
 from pdjax.trace.random_key import taking_key
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pdjax.plan import Plan, PlanOptions, plan_pipeline
+from pdjax.plan import Plan, PlanOptions, search_plan
 from pdjax.plan.planner import memory_form
 from pdjax.profile.profile import LayerProfile, Profile
 from pdjax.schedules import Action, find_algorithm
@@ -63,25 +63,25 @@ def lstm_model(num_layers=8, width=1024, length=50, batch_size=64, flops_per_s=6
 
 
 def test_vgg_wants_its_convolutions_replicated_and_its_dense_layers_not():
-    plan = plan_pipeline(vgg16(), Topology.parse("16@1.25GB/s"))
+    plan = search_plan(vgg16(), Topology.parse("16@1.25GB/s"))
     assert plan.notation == "15-1"
     assert plan.first_layers == (0, 13)
 
 
 def test_lstm_layers_want_a_straight_pipeline():
-    assert plan_pipeline(lstm_model(), Topology.parse("4@1.25GB/s")).notation == "1-1-1-1"
+    assert search_plan(lstm_model(), Topology.parse("4@1.25GB/s")).notation == "1-1-1-1"
 
 
 def test_little_weight_and_fast_links_want_data_parallelism():
     rows = [(4e-3, 8e-3, 5e7, 4e5, 1e8)] * 50
     topology = Topology.parse("8x2@25GB/s,3GB/s")
-    plan = plan_pipeline(make_profile(rows), topology, PlanOptions(overlap=True))
+    plan = search_plan(make_profile(rows), topology, PlanOptions(overlap=True))
     assert plan.notation == "16"
     assert "data parallelism on 16 workers" in predicted(plan).advice
 
 
 def test_one_worker_is_advised_where_more_help_nothing():
-    plan = plan_pipeline(make_profile([(1.0, 1.0, 0, 1e12)]), Topology.parse("4@1MB/s"))
+    plan = search_plan(make_profile([(1.0, 1.0, 0, 1e12)]), Topology.parse("4@1MB/s"))
     assert plan.notation == "1"
     assert predicted(plan).advice.startswith("Use one worker")
 
@@ -89,9 +89,9 @@ def test_one_worker_is_advised_where_more_help_nothing():
 def test_a_flushed_pipeline_may_be_shorter_than_there_are_workers():
     """With one microbatch a pipeline only ever fills and drains."""
     options = PlanOptions(schedule="one_f_one_b", num_microbatches=1, straight=True)
-    assert plan_pipeline(EVEN, Topology.parse("4@1GB/s"), options).num_stages == 1
+    assert search_plan(EVEN, Topology.parse("4@1GB/s"), options).num_stages == 1
     many = replace(options, num_microbatches=32)
-    assert plan_pipeline(EVEN, Topology.parse("4@1GB/s"), many).num_stages == 4
+    assert search_plan(EVEN, Topology.parse("4@1GB/s"), many).num_stages == 4
 
 
 def test_the_bubble_is_that_of_the_formula():
@@ -99,14 +99,14 @@ def test_the_bubble_is_that_of_the_formula():
     profile = make_profile([(1e-3, 2e-3, 0, 1, 0)] * 4)
     for name in ("gpipe", "one_f_one_b"):
         options = PlanOptions(schedule=name, num_microbatches=6, num_stages=4, straight=True)
-        prediction = predicted(plan_pipeline(profile, Topology.parse("4@1GB/s"), options))
+        prediction = predicted(search_plan(profile, Topology.parse("4@1GB/s"), options))
         assert prediction.minibatch_s == pytest.approx((6 + 3) * 3e-3)
 
 
 def test_without_pipelining_every_microbatch_goes_through_alone():
     profile = make_profile([(1e-3, 2e-3, 0, 1, 0)] * 8)
     options = PlanOptions("model_parallel", 4, num_stages=4, straight=True)
-    plan = plan_pipeline(profile, Topology.parse("4@1GB/s"), options)
+    plan = search_plan(profile, Topology.parse("4@1GB/s"), options)
     assert predicted(plan).minibatch_s == pytest.approx(4 * 8 * 3e-3)
 
 
@@ -115,7 +115,7 @@ def test_replicas_of_a_flushed_stage_share_the_microbatches(num_microbatches, mi
     """Each does a whole number of them: of six, two of the four workers do two."""
     profile = make_profile([(1e-3, 2e-3, 1e3, 1, 0)] * 8)
     options = PlanOptions("one_f_one_b", num_microbatches, overlap=True)
-    prediction = predicted(plan_pipeline(profile, Topology.parse("4@10GB/s"), options))
+    prediction = predicted(search_plan(profile, Topology.parse("4@10GB/s"), options))
     assert prediction.others[0].name == "data parallelism"
     assert prediction.others[0].microbatch_s * num_microbatches == pytest.approx(minibatch_s)
     assert prediction.minibatch_s <= minibatch_s * (1 + 1e-9)
@@ -124,20 +124,20 @@ def test_replicas_of_a_flushed_stage_share_the_microbatches(num_microbatches, mi
 def test_a_flushed_plan_is_never_slower_than_one_worker():
     for topology in ("4@1kB/s", "2x2@1kB/s,1kB/s"):
         options = PlanOptions("gpipe", 2)
-        plan = plan_pipeline(EVEN, Topology.parse(topology), options)
+        plan = search_plan(EVEN, Topology.parse(topology), options)
         assert plan.notation == "1"
         assert predicted(plan).advice == ("Use one worker: more of them would be no faster here.")
 
 
 def test_advice_names_what_would_be_faster():
-    plan = plan_pipeline(EVEN, Topology.parse("4@1GB/s"), PlanOptions(num_stages=1, straight=True))
+    plan = search_plan(EVEN, Topology.parse("4@1GB/s"), PlanOptions(num_stages=1, straight=True))
     advice = predicted(plan).advice
     assert advice == "Use one worker; GPipe, 16 microbatches would be 3.2 times as fast."
 
 
 def test_a_link_that_limits_is_named():
     profile = make_profile([(1e-3, 2e-3, 1e7, 1e9, 0)] * 2)
-    plan = plan_pipeline(profile, Topology.parse("2@4GB/s"), PlanOptions(num_stages=2))
+    plan = search_plan(profile, Topology.parse("2@4GB/s"), PlanOptions(num_stages=2))
     assert "A link limits it: what crosses a cut takes 5 ms, the busiest stage 3 ms." in (
         predicted(plan).advice
     )
@@ -146,26 +146,26 @@ def test_a_link_that_limits_is_named():
 def test_full_rematerialisation_is_planned_as_such():
     profile = make_profile([(1e-3, 2e-3, 1e5, 1e6, 1e8)] * 4)
     topology, options = Topology.parse("2@10GB/s"), PlanOptions(straight=True, remat="full")
-    plan = plan_pipeline(profile, topology, options)
+    plan = search_plan(profile, topology, options)
     assert plan.remat == ("full", "full")
     assert predicted(plan).minibatch_s == pytest.approx(8e-3)
-    assert plan.stages[0].peak_bytes < plan_pipeline(profile, topology).stages[0].peak_bytes
+    assert plan.stages[0].peak_bytes < search_plan(profile, topology).stages[0].peak_bytes
 
 
 def test_layers_stay_together():
     topology = Topology.parse("4@1GB/s")
     options = PlanOptions(straight=True, together=((1, 3),))
-    assert set(plan_pipeline(EVEN, topology, options).first_layers).isdisjoint({2, 3})
+    assert set(search_plan(EVEN, topology, options).first_layers).isdisjoint({2, 3})
 
 
 def test_tied_layers_stay_together_under_asynchronous_schedules_only():
     profile = replace(EVEN, tied=((0, 7),), inseparable=((2, 3),))
     topology, straight = Topology.parse("4@1GB/s"), PlanOptions(straight=True, num_stages=1)
-    assert plan_pipeline(profile, topology, straight).num_stages == 1
+    assert search_plan(profile, topology, straight).num_stages == 1
     with pytest.raises(ValueError, match="at most 1 stages"):
-        plan_pipeline(profile, topology, replace(straight, num_stages=2))
+        search_plan(profile, topology, replace(straight, num_stages=2))
     flushed = PlanOptions("one_f_one_b", 8, num_stages=4, straight=True)
-    assert 3 not in plan_pipeline(profile, topology, flushed).first_layers
+    assert 3 not in search_plan(profile, topology, flushed).first_layers
 
 
 # ---------------------------------------------------------------- properties
@@ -183,7 +183,7 @@ def topology_of(shape, bandwidth, memory=None):
 
 def seconds_of(rows, topology):
     try:
-        return predicted(plan_pipeline(make_profile(rows), topology)).minibatch_s
+        return predicted(search_plan(make_profile(rows), topology)).minibatch_s
     except ValueError:
         return math.inf
 
@@ -234,9 +234,9 @@ def test_no_plan_exceeds_the_memory(rows, shape, memory):
     topology = topology_of(shape, 2.0, memory)
     if math.isinf(seconds_of(rows, topology)):
         with pytest.raises(ValueError, match="no plan fits"):
-            plan_pipeline(profile, topology)
+            search_plan(profile, topology)
         return
-    plan = plan_pipeline(profile, topology)
+    plan = search_plan(profile, topology)
     for stage in range(plan.num_stages):
         counted = counted_bytes(profile, plan, stage)
         assert counted <= memory
@@ -269,7 +269,7 @@ def test_the_memory_form_is_what_the_schedule_does(name, num_stages):
 def test_the_table():
     profile = make_profile([(1e-3, 2e-3, 1e5, 2**20, 2**20)] * 4, batch_size=10)
     options = PlanOptions(straight=True, overlap=True)
-    assert str(plan_pipeline(profile, Topology.parse("2@1GB/s:64MiB"), options)) == TABLE
+    assert str(search_plan(profile, Topology.parse("2@1GB/s:64MiB"), options)) == TABLE
 
 
 def test_passes_wait_for_an_all_reduce_unless_updates_are_late():
@@ -277,7 +277,7 @@ def test_passes_wait_for_an_all_reduce_unless_updates_are_late():
     sync_s = 4 * 2**20 / 1e9
     for overlap, both_s in ((False, 12e-3 + sync_s), (True, 12e-3)):
         options = PlanOptions(straight=True, overlap=overlap)
-        others = predicted(plan_pipeline(profile, Topology.parse("2@1GB/s"), options)).others
+        others = predicted(search_plan(profile, Topology.parse("2@1GB/s"), options)).others
         assert others[0].name == "data parallelism"
         assert others[0].microbatch_s == pytest.approx(both_s / 2)
 
@@ -300,41 +300,41 @@ fast."""
 
 def test_recomputation_is_said_with_its_price():
     profile = make_profile([(1e-3, 2e-3, 1e6, 1e6, 1e8)] * 8)
-    plan = plan_pipeline(profile, Topology.parse("4@100GB/s:1GiB"), PlanOptions(straight=True))
+    plan = search_plan(profile, Topology.parse("4@100GB/s:1GiB"), PlanOptions(straight=True))
     assert plan.remat == ("none",) * 4
     smaller = Topology.parse("4@100GB/s:600MiB")
-    plan = plan_pipeline(profile, smaller, PlanOptions(straight=True))
+    plan = search_plan(profile, smaller, PlanOptions(straight=True))
     assert plan.remat[0] == "full"
     assert plan.remat[-1] == "none"
     assert "recompute" in predicted(plan).advice
     assert "adds up to 2 ms for each microbatch" in predicted(plan).advice
     smallest = Topology.parse("4@100GB/s:350MiB")
-    assert set(plan_pipeline(profile, smallest, PlanOptions(straight=True)).remat) == {
+    assert set(search_plan(profile, smallest, PlanOptions(straight=True)).remat) == {
         "full",
         "none",
     }
     with pytest.raises(ValueError, match="rematerialisation"):
-        plan_pipeline(profile, smallest, PlanOptions(straight=True, remat="none"))
+        search_plan(profile, smallest, PlanOptions(straight=True, remat="none"))
 
 
 def test_when_nothing_fits_the_text_says_by_how_much_and_what_helps():
     profile = make_profile([(1e-3, 2e-3, 1e6, 2**20, 2**20)] * 4)
     topology = Topology.parse("2@1GB/s:13MiB")
     with pytest.raises(ValueError, match="no plan fits") as caught:
-        plan_pipeline(profile, topology, PlanOptions(straight=True))
+        search_plan(profile, topology, PlanOptions(straight=True))
     text = str(caught.value)
     missing = float(text.partition("lacks ")[2].partition(" KiB")[0])
     assert "twice as many workers" in text
-    plan_pipeline(profile, Topology.parse("4@1GB/s:13MiB"), PlanOptions(straight=True))
+    search_plan(profile, Topology.parse("4@1GB/s:13MiB"), PlanOptions(straight=True))
     assert "one_f_one_b" in text
-    plan_pipeline(profile, topology, PlanOptions("one_f_one_b", straight=True))
+    search_plan(profile, topology, PlanOptions("one_f_one_b", straight=True))
     for more, fits in ((missing - 0.1, False), (missing + 0.1, True)):
         larger = Topology.uniform(2, 1e9, int(13 * 2**20 + more * 2**10))
         if fits:
-            plan_pipeline(profile, larger, PlanOptions(straight=True))
+            search_plan(profile, larger, PlanOptions(straight=True))
         else:
             with pytest.raises(ValueError, match="no plan fits"):
-                plan_pipeline(profile, larger, PlanOptions(straight=True))
+                search_plan(profile, larger, PlanOptions(straight=True))
 
 
 @pytest.mark.parametrize(
@@ -354,14 +354,14 @@ def test_when_nothing_fits_the_text_says_by_how_much_and_what_helps():
 )
 def test_options_that_make_no_sense(options, message):
     with pytest.raises(ValueError, match=message):
-        plan_pipeline(EVEN, Topology.parse("4@1GB/s"), PlanOptions(**options))
+        search_plan(EVEN, Topology.parse("4@1GB/s"), PlanOptions(**options))
 
 
 # ---------------------------------------------------------------- files
 
 
 def test_a_plan_survives_a_file(tmp_path):
-    plan = plan_pipeline(EVEN, Topology.parse("2x2@10GB/s,1GB/s:1GiB"))
+    plan = search_plan(EVEN, Topology.parse("2x2@10GB/s,1GB/s:1GiB"))
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
     bare = Plan(("a", "b"), (0, 1))
@@ -399,7 +399,7 @@ def test_a_plan_survives_a_file(tmp_path):
     ],
 )
 def test_files_that_are_no_plan(tmp_path, change, message):
-    plan = plan_pipeline(EVEN, Topology.parse("4@1GB/s"), PlanOptions(straight=True))
+    plan = search_plan(EVEN, Topology.parse("4@1GB/s"), PlanOptions(straight=True))
     value = json.loads(plan.to_json())
     change(value)
     (tmp_path / "plan.json").write_text(json.dumps(value))

@@ -8,10 +8,18 @@ from itertools import accumulate
 
 import pytest
 
-from pdjax.plan import Plan, PlanOptions, balanced_plan, plan_pipeline
+from pdjax.plan import Plan, PlanOptions, balanced_plan
 from pdjax.profile.profile import LayerProfile, Profile
 from pdjax.schedules import ALGORITHMS, Schedule, gpipe, interleaved, one_f_one_b
-from pdjax.simulate import StageCost, choose, compare, peak_bytes, simulate, stage_costs
+from pdjax.simulate import (
+    StageCost,
+    choose,
+    compare,
+    peak_bytes,
+    plan_pipeline,
+    simulate,
+    stage_costs,
+)
 from pdjax.simulate.comparison import describe
 from pdjax.topology.topology import Topology
 

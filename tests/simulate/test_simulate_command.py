@@ -8,9 +8,10 @@ import json
 import pytest
 from rich.console import Console
 
-from pdjax.plan import PlanOptions, plan_pipeline
+from pdjax.plan import PlanOptions
 from pdjax.profile.profile import LayerProfile, Profile
 from pdjax.schedules import ALGORITHMS, one_f_one_b
+from pdjax.simulate import plan_pipeline
 from pdjax.simulate.__main__ import SimulateConfig, main, simulate_plan
 from pdjax.topology.topology import Topology
 
