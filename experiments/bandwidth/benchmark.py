@@ -82,7 +82,7 @@ def plans_for(profile, rate, folder):
     topology = Topology.parse(f"{NUM_HOSTS}@{rate / 1e6:.3f}MB/s")
     common = {"schedule": "pipedream", "optimizer_bytes_per_param_byte": 1.0}
     plan = plan_pipeline(profile, topology, PlanOptions(**common))
-    options = PlanOptions(**common, num_stages=NUM_HOSTS, straight=True)
+    options = PlanOptions(**common, num_stages=NUM_HOSTS, replicate=False)
     straight = plan_pipeline(profile, topology, options)
     for name, made in (("plan", plan), ("straight", straight)):
         made.save(folder / f"{name}.json")

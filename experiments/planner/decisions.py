@@ -139,7 +139,7 @@ def decided(share: float = 1.0, **form: Any) -> None:
     for row in PAPER:
         found = plan(row, share, **form)
         ours, other = times(found)
-        straight, _ = times(plan(row, share, straight=True, **form))
+        straight, _ = times(plan(row, share, replicate=False, **form))
         print(
             f"| {row.model} | `{row.shape}` | {stages(found)} | {ours:.1f} | {other:.1f} | "
             f"{other / ours:.2f} | {straight:.1f} | {row.config} | {row.speedup} |"
@@ -202,7 +202,7 @@ def gpipe() -> None:
         "|---|---:|---:|---:|---|"
     )
     for row in (row for row in PAPER if row.model == "gnmt16"):
-        prediction = plan(row, straight=True).prediction
+        prediction = plan(row, replicate=False).prediction
         assert prediction is not None
         ours_ms = prediction.chosen.microbatch_s * 1e3
         (other,) = [each for each in prediction.others if each.name.startswith("GPipe")]

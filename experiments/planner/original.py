@@ -91,7 +91,7 @@ def make_costs(profile: Profile, answer: dict[str, Any]) -> Costs:
 
 
 def best_parts(costs: Costs, setting: str) -> tuple[Part, ...]:
-    parts = fastest(costs, straight=setting.endswith("s"))
+    parts = fastest(costs, replicate=not setting.endswith("s"))
     assert parts is not None, "without limits one worker can hold everything"
     return parts
 

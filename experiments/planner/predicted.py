@@ -147,7 +147,7 @@ def prepare(name: str) -> tuple[Callable[[], Profile], list[Timed]]:
     first = profile()
     timed = []
     for count in model.planned:
-        options = PlanOptions(num_stages=count, straight=True)
+        options = PlanOptions(num_stages=count, replicate=False)
         plan = search_plan(first, Topology.uniform(count, 10e9), options)
         timed.append(Timed(name, "planned", plan, compile_plan(graph, plan, batch)))
     for cuts in model.by_hand:

@@ -54,7 +54,7 @@ def make_plan(
         schedule=_planned_as(settings),
         num_microbatches=count,
         num_stages=settings.num_stages,
-        straight=not (settings.replicate and _replicates(settings)),
+        replicate=bool(settings.replicate) and _replicates(settings),
         remat=_planned_remat(settings.remat),
         optimizer_bytes_per_param_byte=optimizer_ratio(settings.optimizer, params),
         slack=settings.slack,
@@ -178,7 +178,7 @@ def automatic_plan(
             f"{len(devices)} devices: {list(devices)}. Give a topology of these, or plan for "
             "other machines with 'python -m pdjax.plan'."
         )
-    alone = (options.num_stages == 1 and options.straight) or len(devices) == 1
+    alone = (options.num_stages == 1 and not options.replicate) or len(devices) == 1
     if alone and topology is None:  # no link matters, but memory may
         topology = local_topology(devices, bandwidth_bytes_per_s=ALONE_BYTES_PER_S)
     if alone and topology is not None and not topology.memory_bytes:

@@ -65,8 +65,8 @@ class PlanConfig:
     num_stages: int | None = None
     """Exactly how many stages; by default as many as are best."""
 
-    straight: bool = False
-    """Whether to replicate nothing."""
+    replicate: bool = True
+    """Whether stages may have several workers, their replicas."""
 
     remat: Literal["auto", "none", "full"] = "auto"
     """auto: stages may recompute their forward passes where memory is short; none, full: none or
@@ -139,7 +139,7 @@ def _options(config: PlanConfig) -> PlanOptions:
         schedule=config.schedule,
         num_microbatches=config.num_microbatches,
         num_stages=config.num_stages,
-        straight=config.straight,
+        replicate=config.replicate,
         remat=config.remat,
         optimizer_bytes_per_param_byte=config.optimizer_bytes_per_param_byte,
         overlap=config.overlap,

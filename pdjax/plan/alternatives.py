@@ -181,10 +181,10 @@ def _gpipe(case: Case) -> list[Strategy]:
 
 
 def _straight_parts(case: Case) -> tuple[Part, ...]:
-    parts = fastest(case.costs, straight=True)
+    parts = fastest(case.costs, replicate=False)
     if parts is None:  # none fits: shown all the same, marked so
         endless = replace(case.costs.topology, memory_bytes=())
-        parts = fastest(case.costs.changed(topology=endless), straight=True)
+        parts = fastest(case.costs.changed(topology=endless), replicate=False)
     assert parts is not None, "without limits one worker can hold everything"
     return parts
 

@@ -18,8 +18,8 @@ from typing import Literal
 import numpy as np
 
 from pdjax.plan.cost_model import Part
-from pdjax.plan.feasible_stages import StageLaying, num_levels
-from pdjax.plan.lookup import Tables, every_first, first_true
+from pdjax.plan.feasible_stages import StageSearch, num_levels
+from pdjax.plan.lookup import LookupTables, every_first, first_true
 from pdjax.plan.pareto import (
     COUNT,
     DEMAND,
@@ -30,10 +30,10 @@ from pdjax.plan.pareto import (
     PARENT,
     Rows,
     Trail,
+    drop_dominated,
     join,
     make_rows,
     one_of_each,
-    worth_keeping,
 )
 
 _GENEROUS = 1 + 1e-9  # times a time limit, so that no bound is too strict by rounding
@@ -41,11 +41,11 @@ _WIDEST = np.finfo(float).max  # below the infinite width of a cut that is not a
 
 
 @dataclass(frozen=True)
-class Wish:
+class Constraints:
     """What kind of plan is looked for.
 
     Attributes:
-        straight: whether to replicate nothing.
+        replicate: whether stages may be replicated.
         num_stages: how many stages; None for any number.
         counting: ``"exact"``: exactly as many, and nothing is missed; ``"likely"``: exactly as
             many, but only of partial plans of equally many stages the farthest are gone on with,
@@ -54,7 +54,7 @@ class Wish:
         extra_bytes: how much larger every memory is taken to be.
     """
 
-    straight: bool = False
+    replicate: bool = True
     num_stages: int | None = None
     counting: Literal["exact", "likely", "at_most"] = "exact"
     charges_memory: bool = True
@@ -62,7 +62,7 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class _Frame:
+class SubProblem:
     """Where a pipeline is laid, for each of the starts that it goes on from.
 
     Attributes:
@@ -91,23 +91,23 @@ class _Frame:
         return self.limit_s[starts] if isinstance(self.limit_s, np.ndarray) else self.limit_s
 
 
-class Laying:
+class FeasibilitySearch:
     """Looks for a plan that takes at most `limit_s`.
 
     Args:
         tables: the layers and the workers.
         limit_s: seconds for each microbatch.
-        wish: what kind of plan.
+        constraints: what kind of plan.
     """
 
-    def __init__(self, tables: Tables, limit_s: float, wish: Wish) -> None:
-        self.tables, self.costs, self.wish = tables, tables.costs, wish
+    def __init__(self, tables: LookupTables, limit_s: float, constraints: Constraints) -> None:
+        self.tables, self.costs, self.constraints = tables, tables.costs, constraints
         self._limit_s = limit_s
         self._trail = Trail()
         counts = [level.num_units for level in self.costs.topology.levels]
         self._unit_size = [math.prod(counts[:level]) for level in range(len(counts))]
-        self._num_stages = wish.num_stages or 0
-        self._exactly = wish.num_stages is not None and wish.counting != "at_most"
+        self._num_stages = constraints.num_stages or 0
+        self._exactly = constraints.num_stages is not None and constraints.counting != "at_most"
         # Where all workers are alike, those that a plan does not need may as well be the first.
         self._leaves_idle = len(set(self.costs.topology.memory_bytes)) > 1
 
@@ -120,11 +120,11 @@ class Laying:
         at_most = self._at_most(top, 1, zero, self._limit_s)
         if at_most[-1, 0] < self.costs.num_layers:
             return None
-        frame = _Frame(top, 1, (0,), 0, self._limit_s, zero, at_most, widths)
+        frame = SubProblem(top, 1, (0,), 0, self._limit_s, zero, at_most, widths)
         for rows in self._pipeline(start, frame):
             done = rows[rows[:, FIRST] == 0]
             if self._exactly:
-                done = done[done[:, COUNT] == self.wish.num_stages]
+                done = done[done[:, COUNT] == self.constraints.num_stages]
             if len(done):
                 return self._trail.parts(int(self._trail.add(done[:1])[0]))
         return None
@@ -144,7 +144,7 @@ class Laying:
         pairs, index = np.unique(np.stack([goals, each]), axis=1, return_inverse=True)
         stop = count - pairs[0].astype(np.int64)
         outers = np.full(len(stop), outer)
-        ahead = self.tables.ahead(self.wish.straight)
+        ahead = self.tables.ahead(self.constraints.replicate)
         return count - ahead.pipelines(level, stop, pairs[1], outers).first[:, index]
 
     def _widths(self, limit_s: np.ndarray, level: int, outer: np.ndarray) -> np.ndarray:
@@ -157,7 +157,7 @@ class Laying:
 
     # -------- pipelines
 
-    def _pipeline(self, starts: Rows, frame: _Frame) -> Iterator[Rows]:
+    def _pipeline(self, starts: Rows, frame: SubProblem) -> Iterator[Rows]:
         """All that is worth laying before some starts, for each number of units."""
         units = self.costs.topology.levels[frame.level].num_units
         begin = starts.copy()
@@ -184,16 +184,16 @@ class Laying:
             for m, more in self._parts(ready, numbers, used, frame):
                 kept[used + m].append(more)
 
-    def _prune(self, rows: Rows, left: int, frame: _Frame) -> Rows:
+    def _prune(self, rows: Rows, left: int, frame: SubProblem) -> Rows:
         """The rows worth going on with, on `left` more units."""
         rows = rows[rows[:, FIRST] <= frame.at_most[left, rows[:, ORIGIN]]]
-        if self.wish.num_stages is not None:
+        if self.constraints.num_stages is not None:
             rows = self._hopeful(rows, left * self._unit_size[frame.level] + frame.elsewhere)
-            if self.wish.counting == "exact":
+            if self.constraints.counting == "exact":
                 return one_of_each(rows)
-        burden = self.tables.burden_rank[rows[:, FIRST]] * self.wish.charges_memory
+        burden = self.tables.burden_rank[rows[:, FIRST]] * self.constraints.charges_memory
         levels = num_levels(self.costs, rows[:, FIRST], frame.widths[:, rows[:, ORIGIN]])
-        return worth_keeping(rows, burden, levels, fewer_stages=not self._exactly)
+        return drop_dominated(rows, burden, levels, fewer_stages=not self._exactly)
 
     def _hopeful(self, rows: Rows, most: int) -> Rows:
         """The rows that can still get the wanted number of stages, by at most so many more."""
@@ -206,11 +206,11 @@ class Laying:
         return rows[done & (rows[:, FIRST] >= self.tables.nth_cut(left))]
 
     def _parts(
-        self, ready: Rows, numbers: np.ndarray, used: int, frame: _Frame
+        self, ready: Rows, numbers: np.ndarray, used: int, frame: SubProblem
     ) -> Iterator[tuple[int, Rows]]:
         """One part more before each row, for each number of units; `numbers` are the rows' own."""
         free = self.costs.topology.levels[frame.level].num_units - used
-        replicas = range(1, 2 if self.wish.straight else free + 1)
+        replicas = range(1, free + 1 if self.constraints.replicate else 2)
         if frame.level == 0:
             yield from self._stages(ready, numbers, replicas, free, frame)
             return
@@ -236,23 +236,23 @@ class Laying:
         self,
         m: int,
         unit: int,
-        frame: _Frame,
+        frame: SubProblem,
         limit_s: float | np.ndarray,
         at_least: np.ndarray,
         at_most: np.ndarray,
         origin: np.ndarray,
-    ) -> _Frame:
+    ) -> SubProblem:
         """The frame of a pipeline on the units inside of `m` units of `frame`."""
         each = np.broadcast_to(np.asarray(limit_s, float), (len(origin),))
         widths = self._widths(each, frame.level - 1, frame.widths[:, origin])
         bases = self.costs.units(frame.level, unit, m, frame.bases)
         left = frame.elsewhere + unit * self._unit_size[frame.level]
-        return _Frame(
+        return SubProblem(
             frame.level - 1, frame.outer * m, bases, left, limit_s, at_least, at_most, widths
         )
 
     def _nested(
-        self, ready: Rows, m: int, unit: int, frame: _Frame
+        self, ready: Rows, m: int, unit: int, frame: SubProblem
     ) -> Iterator[tuple[Rows, np.ndarray]]:
         """Pipelines inside `m` units, and for each the row that it goes on from."""
         origin, stop = ready[:, ORIGIN], ready[:, FIRST]
@@ -270,15 +270,17 @@ class Laying:
             yield rows, rows[:, ORIGIN]
 
     def _nested_sum(
-        self, ready: Rows, m: int, unit: int, frame: _Frame
+        self, ready: Rows, m: int, unit: int, frame: SubProblem
     ) -> Iterator[tuple[Rows, np.ndarray]]:
         """The same where the all-reduce is added: how much is left depends on where it begins.
 
         So every first layer is tried that time allows, with the time that its parameters leave.
         """
         most = np.minimum(frame.at_most[unit, ready[:, ORIGIN]] + 1, ready[:, FIRST])
-        if self.wish.num_stages is not None:  # no stage is left for what would come before
-            most = np.where(ready[:, COUNT] + 1 < self.wish.num_stages, most, np.minimum(most, 1))
+        if self.constraints.num_stages is not None:  # no stage is left for what would come before
+            most = np.where(
+                ready[:, COUNT] + 1 < self.constraints.num_stages, most, np.minimum(most, 1)
+            )
         index, first = every_first(frame.at_least[ready[:, ORIGIN]], most)
         origin, stop = ready[index, ORIGIN], ready[index, FIRST]
         sync = self.costs.sync_s(first, stop, m, frame.level, frame.outer)
@@ -304,7 +306,7 @@ class Laying:
     # -------- stages
 
     def _stages(
-        self, ready: Rows, numbers: np.ndarray, replicas: range, free: int, frame: _Frame
+        self, ready: Rows, numbers: np.ndarray, replicas: range, free: int, frame: SubProblem
     ) -> Iterator[tuple[int, Rows]]:
         """One stage more before each row, for all numbers of units at once."""
         origin, m = ready[:, ORIGIN, None], np.array(replicas)
@@ -321,15 +323,15 @@ class Laying:
         row, column = np.nonzero(able)
         m = m[column]
         limits = np.array([self._limit_bytes(each, free, frame) for each in replicas])
-        stages = StageLaying(
+        stages = StageSearch(
             self.tables,
             ready[row],
             replicas=m * frame.outer,
-            limit_bytes=limits[column] if self.wish.charges_memory else None,
+            limit_bytes=limits[column] if self.constraints.charges_memory else None,
             widths=frame.widths[:, ready[row, ORIGIN]],
             in_time={again: first[row, column] for again, first in in_time.items()},
         )
-        exact = self.wish.num_stages is not None and self.wish.counting == "exact"
+        exact = self.constraints.num_stages is not None and self.constraints.counting == "exact"
         found = stages.everywhere() if exact else stages.narrowing()
         index, first, remat = (np.concatenate(column) for column in zip(*found, strict=True))
         order = np.argsort(m[index], kind="stable")
@@ -339,7 +341,7 @@ class Laying:
             origin=ready[row[index], ORIGIN],
             first=first,
             demand=stages.demand[index],
-            count=ready[row[index], COUNT] + (self.wish.num_stages is not None),
+            count=ready[row[index], COUNT] + (self.constraints.num_stages is not None),
             parent=numbers[row[index]],
             stop=ready[row[index], FIRST],
             replicas=m[index],
@@ -352,18 +354,18 @@ class Laying:
             if start < stop:
                 yield each, more[start:stop]
 
-    def _limit_bytes(self, m: int, free: int, frame: _Frame) -> float:
+    def _limit_bytes(self, m: int, free: int, frame: SubProblem) -> float:
         workers = self.costs.units(0, free - m, m, frame.bases)
-        return self.costs.limit_bytes(workers) + self.wish.extra_bytes
+        return self.costs.limit_bytes(workers) + self.constraints.extra_bytes
 
     def _ways(self) -> tuple[bool, ...]:
         """Whether forward passes may be repeated."""
         remat = self.costs.memory.remat
         if remat == "auto":
-            return (False, True) if self.wish.charges_memory else (False,)
+            return (False, True) if self.constraints.charges_memory else (False,)
         return (remat == "full",)
 
-    def _in_time(self, replicas: range, rows: Rows, frame: _Frame, remat: bool) -> np.ndarray:
+    def _in_time(self, replicas: range, rows: Rows, frame: SubProblem, remat: bool) -> np.ndarray:
         """The first layers from which stages are quick enough; shape (rows, replicas)."""
         sums = self.tables.stage_sums(frame.outer, remat)
         limit_s, stop = frame.limit_of(rows[:, ORIGIN]), rows[:, FIRST]

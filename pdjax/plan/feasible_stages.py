@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from pdjax.plan.cost_model import Costs
-from pdjax.plan.lookup import Tables, every_first
+from pdjax.plan.lookup import LookupTables, every_first
 from pdjax.plan.pareto import DEMAND, FIRST, Rows
 
 Found = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -29,7 +29,7 @@ def num_levels(costs: Costs, first: np.ndarray, widths: np.ndarray) -> np.ndarra
     return ((costs.width_bytes[first] <= widths) | (first == 0)).sum(axis=0)
 
 
-class StageLaying:
+class StageSearch:
     """Where the new stages may begin.
 
     Args:
@@ -48,7 +48,7 @@ class StageLaying:
 
     def __init__(
         self,
-        tables: Tables,
+        tables: LookupTables,
         rows: Rows,
         *,
         replicas: np.ndarray,

@@ -16,17 +16,17 @@ from pdjax.topology.topology import Level, Topology
 from pdjax.units import format_bytes
 
 
-def explain_shortage(case: Case, straight: bool, num_stages: int | None) -> str:
+def explain_infeasibility(case: Case, replicate: bool, num_stages: int | None) -> str:
     """By how many bytes the plan that comes nearest does not fit, and what would make it fit."""
     costs = case.costs
-    best = least_excess(costs, straight=straight, num_stages=num_stages)
+    best = least_excess(costs, replicate=replicate, num_stages=num_stages)
     if best is None:
         return (
             f"no plan has {num_stages} stages on {costs.topology}, whatever the memory. Use "
             "another number of stages."
         )
     excess, stage = _worst(costs, best)
-    remedies = list(_remedies(case, straight, num_stages))
+    remedies = list(_remedies(case, replicate, num_stages))
     return (
         f"no plan fits into the memory of {costs.topology}. The one that comes nearest "
         f"(of {len(costs.stages(best))} stages) lacks "
@@ -64,12 +64,12 @@ def _breakdown(costs: Costs, stage: PlacedStage) -> str:
     )
 
 
-def _remedies(case: Case, straight: bool, num_stages: int | None) -> Iterator[str]:
+def _remedies(case: Case, replicate: bool, num_stages: int | None) -> Iterator[str]:
     """Changes that were tried, and with which a plan fits."""
     costs = case.costs
 
     def helps(changed: Costs) -> bool:
-        return fits(changed, straight=straight, num_stages=num_stages)
+        return fits(changed, replicate=replicate, num_stages=num_stages)
 
     if costs.memory.remat == "none" and helps(
         costs.changed(memory=replace(costs.memory, remat="auto"))

@@ -14,7 +14,7 @@ from pdjax.plan.reach import Reach
 from pdjax.plan.sums import Sums, next_narrower, part_sums
 
 
-class Tables:
+class LookupTables:
     """What does not depend on the time limit.
 
     Args:
@@ -41,11 +41,11 @@ class Tables:
         found = self._cuts[np.clip(number, 0, len(self._cuts) - 1)]
         return np.where(number < len(self._cuts), found, self.costs.num_layers)
 
-    def ahead(self, straight: bool) -> Reach:
+    def ahead(self, replicate: bool) -> Reach:
         """How far pipelines that begin with the first layer reach, in mirrored layers."""
-        if straight not in self._ahead:
-            self._ahead[straight] = Reach(self.costs, straight=straight, mirrored=True)
-        return self._ahead[straight]
+        if replicate not in self._ahead:
+            self._ahead[replicate] = Reach(self.costs, replicate=replicate, mirrored=True)
+        return self._ahead[replicate]
 
     def stage_sums(self, outer: int, remat: bool) -> Sums:
         """The seconds of stages that are replicated `outer` times on outer levels."""

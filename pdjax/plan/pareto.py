@@ -78,7 +78,7 @@ class Trail:
         return tuple(found)
 
 
-def worth_keeping(
+def drop_dominated(
     rows: Rows, burden: np.ndarray, levels: np.ndarray, *, fewer_stages: bool = True
 ) -> Rows:
     """Without the rows that another one of the same origin is at least as good as.

@@ -14,7 +14,7 @@ import numpy as np
 from pdjax.plan.alternatives import Case, advice, alternatives, strategy
 from pdjax.plan.cost_model import CostForm, Costs, MemoryForm, Part, PlacedStage, Sync
 from pdjax.plan.figures import Prediction, StageFigures
-from pdjax.plan.infeasible import explain_shortage
+from pdjax.plan.infeasible import explain_infeasibility
 from pdjax.plan.plan import Plan
 from pdjax.plan.search import fastest
 from pdjax.profile.profile import Profile
@@ -34,7 +34,7 @@ class PlanOptions:
         schedule: name of the algorithm that will run it.
         num_microbatches: microbatches in a minibatch.
         num_stages: exactly how many stages; as many as are best if None.
-        straight: whether to replicate nothing.
+        replicate: whether stages may be replicated.
         remat: what the stages recompute: ``"none"``, ``"full"`` (their forward pass, all of them),
             or ``"auto"`` (that, where memory would not suffice).
         optimizer_bytes_per_param_byte: size of the optimizer state: 2 for Adam, 0 for plain SGD.
@@ -52,7 +52,7 @@ class PlanOptions:
     schedule: str = "pipedream"
     num_microbatches: int = 1
     num_stages: int | None = None
-    straight: bool = False
+    replicate: bool = True
     remat: Literal["auto", "none", "full"] = "auto"
     optimizer_bytes_per_param_byte: float = 2.0
     together: tuple[tuple[int, int], ...] = ()
@@ -114,7 +114,7 @@ def search(
     _check(case, options)
     found = _best(case, options)
     if found is None:
-        raise ValueError(explain_shortage(case, options.straight, options.num_stages))
+        raise ValueError(explain_infeasibility(case, options.replicate, options.num_stages))
     return case, found
 
 
@@ -170,30 +170,30 @@ def memory_form(
 
 
 def _check(case: Case, options: PlanOptions) -> None:
-    profile, topology, wish = case.costs.profile, case.costs.topology, options.num_stages
+    profile, topology, constraints = case.costs.profile, case.costs.topology, options.num_stages
     for first, last in options.together:
         if not 0 <= first <= last < len(profile.layers):
             raise ValueError(
                 f"together has ({first}, {last}); expected the first and the last layer of a "
                 f"range, from 0 to {len(profile.layers) - 1}."
             )
-    if wish is None:
+    if constraints is None:
         return
-    if wish > len(profile.layers):
+    if constraints > len(profile.layers):
         raise ValueError(
-            f"{wish} stages need at least as many layers, but the profile has "
+            f"{constraints} stages need at least as many layers, but the profile has "
             f"{len(profile.layers)}: {', '.join(profile.names[:12])}. Use fewer stages, or write "
             "the model in smaller modules."
         )
-    if wish > topology.num_workers:
+    if constraints > topology.num_workers:
         raise ValueError(
-            f"{wish} stages need at least as many workers, but the topology {topology} has "
+            f"{constraints} stages need at least as many workers, but the topology {topology} has "
             f"{topology.num_workers}. Use fewer stages or more workers."
         )
     closed = int(np.isinf(case.costs.width_bytes).sum())
-    if wish > len(profile.layers) - closed:
+    if constraints > len(profile.layers) - closed:
         raise ValueError(
-            f"{wish} stages cannot be made of {len(profile.layers)} layers of which some must "
+            f"{constraints} stages cannot be made of {len(profile.layers)} layers of which some must "
             f"stay together (they share a parameter or a state, or were asked to): at most "
             f"{len(profile.layers) - closed} stages. Use fewer stages, or a synchronous schedule "
             "such as 'one_f_one_b', under which tied weights may be separated."
@@ -201,16 +201,16 @@ def _check(case: Case, options: PlanOptions) -> None:
 
 
 def _best(case: Case, options: PlanOptions) -> tuple[Part, ...] | None:
-    straight, num_stages = options.straight, options.num_stages
-    best = fastest(case.costs, straight=straight, num_stages=num_stages)
+    replicate, num_stages = options.replicate, options.num_stages
+    best = fastest(case.costs, replicate=replicate, num_stages=num_stages)
     if best is None or not case.flushes:
         return best
     found = [best]
     for smaller in _fewer_workers(case.costs.topology):
         if smaller.num_workers >= (num_stages or 1):
             costs = case.on(smaller).costs
-            found.append(fastest(costs, straight=True, num_stages=num_stages) or best)
-            if not straight:
+            found.append(fastest(costs, replicate=False, num_stages=num_stages) or best)
+            if replicate:
                 found.append(fastest(costs, num_stages=num_stages) or best)
                 found.append(_single_stage(costs, num_stages) or best)
     return min(found, key=case.microbatch_s)

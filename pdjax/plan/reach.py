@@ -51,7 +51,7 @@ class Reach:
 
     Args:
         costs: the layers and the workers.
-        straight: whether to replicate nothing.
+        replicate: whether stages may be replicated.
         mirrored: whether to take the layers in reverse order. What is reached then says how far
             pipelines reach from the first layer to the back.
 
@@ -59,8 +59,8 @@ class Reach:
         count: number of pipelines laid so far, a measure of the work.
     """
 
-    def __init__(self, costs: Costs, *, straight: bool = False, mirrored: bool = False) -> None:
-        self.costs, self.straight, self.count = costs, straight, 0
+    def __init__(self, costs: Costs, *, replicate: bool = True, mirrored: bool = False) -> None:
+        self.costs, self.replicate, self.count = costs, replicate, 0
         self._remat = costs.memory.remat == "full"
         self._mirrored = mirrored
         params = costs.param_bytes
@@ -137,7 +137,7 @@ class Reach:
         widest = self._widest(level, limit_s)
         extend = self._nested if level else self._stages
         for used in range(1, units + 1):
-            most = 1 if self.straight else used
+            most = used if self.replicate else 1
             stops = open_[used - most : used][::-1]
             first[used], replicas[used] = extend(level, stops, limit_s, outer, first[used - 1])
             if not first[used].any():

@@ -13,7 +13,7 @@ import numpy as np
 from pdjax.plan.cost_model import Costs, Part, PlacedStage
 
 
-def narrowed(costs: Costs, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+def refine_cuts(costs: Costs, parts: tuple[Part, ...]) -> tuple[Part, ...]:
     """The plan with the cuts of each innermost pipeline where they send the fewest bytes.
 
     No stage takes longer than the slowest part of its pipeline did, and memory suffices where it
@@ -30,7 +30,7 @@ def narrowed(costs: Costs, parts: tuple[Part, ...]) -> tuple[Part, ...]:
         if len(parts) == 1:
             return parts
         mine = [stages[part.first] for part in parts]
-        return _Pipeline(costs, parts, mine, outer).narrowed()
+        return _Pipeline(costs, parts, mine, outer).refine_cuts()
 
     return walk(parts, len(costs.topology.levels) - 1, 1)
 
@@ -47,7 +47,7 @@ class _Pipeline:
         widest = self.limit_s * bandwidth / 2 if costs.cost.activations else np.finfo(float).max
         self.allowed = costs.width_bytes <= widest
 
-    def narrowed(self) -> tuple[Part, ...]:
+    def refine_cuts(self) -> tuple[Part, ...]:
         """The cuts by dynamic programming, stage by stage from the first one."""
         begin, end = self.parts[0].first, self.parts[-1].stop
         cuts = [np.array([begin]), *self._windows(), np.array([end])]

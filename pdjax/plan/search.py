@@ -1,7 +1,7 @@
 """The fastest plan that fits: PipeDream's planner, exact, with memory charged in full.
 
 The time of a plan is that of its slowest part (SOSP 2019, section 3.1). Whether some plan takes at
-most a given time is easy to say (`Laying`), and the best time is found by bisection. The search
+most a given time is easy to say (`FeasibilitySearch`), and the best time is found by bisection. The search
 ends at a plan whose own time nothing beats. Only nested plans are looked at: a part of an outer
 level is a pipeline of its own on the units inside.
 
@@ -16,10 +16,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from pdjax.plan.cost_model import Costs, Part
-from pdjax.plan.feasible import Laying, Wish
-from pdjax.plan.lookup import Tables
+from pdjax.plan.feasible import Constraints, FeasibilitySearch
+from pdjax.plan.lookup import LookupTables
 from pdjax.plan.reach import Reach
-from pdjax.plan.refine_cuts import narrowed
+from pdjax.plan.refine_cuts import refine_cuts
 
 _EXACT = 1e-12  # a plan counts as faster if its time is less by more than this share
 _CLOSE = 1e-9  # how closely the best time is closed in
@@ -32,69 +32,75 @@ Find = Callable[[float], tuple[Part, ...] | None]
 
 
 def fastest(
-    costs: Costs, *, straight: bool = False, num_stages: int | None = None
+    costs: Costs, *, replicate: bool = True, num_stages: int | None = None
 ) -> tuple[Part, ...] | None:
     """The nested plan with the smallest time that fits, or None if none fits.
 
     Args:
         costs: the layers and the workers.
-        straight: whether to replicate nothing.
+        replicate: whether stages may be replicated.
         num_stages: exactly how many stages; any number if None.
     """
-    tables = Tables(costs)
-    reach = Reach(costs, straight=straight)
+    tables = LookupTables(costs)
+    reach = Reach(costs, replicate=replicate)
     least_s = float(costs.compute_s[-1]) / costs.topology.num_workers
     best = _bisect(costs, reach.plan, least_s)
-    wish = Wish(straight, charges_memory=False)
+    constraints = Constraints(replicate, charges_memory=False)
     if num_stages is not None and best is not None:
-        wish = replace(wish, num_stages=num_stages)
-        best = _fastest_of(tables, wish, costs.plan_s(best))
+        constraints = replace(constraints, num_stages=num_stages)
+        best = _fastest_of(tables, constraints, costs.plan_s(best))
     if best is not None and costs.excess_bytes(best) > 0:
-        wish = replace(wish, charges_memory=True)
-        best = _fastest_of(tables, wish, costs.plan_s(best))
+        constraints = replace(constraints, charges_memory=True)
+        best = _fastest_of(tables, constraints, costs.plan_s(best))
     if best is None:
         return None
-    best = _sending_least(tables, wish, best)
-    return _plain(costs, _from_first_unit(costs, narrowed(costs, best)))
+    best = _sending_least(tables, constraints, best)
+    return _plain(costs, _from_first_unit(costs, refine_cuts(costs, best)))
 
 
-def _fastest_of(tables: Tables, wish: Wish, known_s: float) -> tuple[Part, ...] | None:
+def _fastest_of(
+    tables: LookupTables, constraints: Constraints, known_s: float
+) -> tuple[Part, ...] | None:
     """The fastest plan as wished; nothing takes less than `known_s`.
 
     With a number of stages, one is first looked for among the likely plans, and then it is proved
     that none is faster: mostly because none of as many or fewer stages is.
     """
     costs = tables.costs
-    if wish.num_stages is None:
-        return _bisect(costs, lambda s: Laying(tables, s, wish).run(), known_s)
-    if wish.charges_memory:
-        any_number = replace(wish, num_stages=None)
-        free = _bisect(costs, lambda s: Laying(tables, s, any_number).run(), known_s)
+    if constraints.num_stages is None:
+        return _bisect(costs, lambda s: FeasibilitySearch(tables, s, constraints).run(), known_s)
+    if constraints.charges_memory:
+        any_number = replace(constraints, num_stages=None)
+        free = _bisect(costs, lambda s: FeasibilitySearch(tables, s, any_number).run(), known_s)
         if free is None:
             return None
         known_s = max(known_s, costs.plan_s(free))
-    likely = replace(wish, counting="likely")
-    best = _bisect(costs, lambda s: Laying(tables, s, likely).run(), known_s)
-    return _bisect(costs, lambda s: _exactly(tables, s, wish), known_s, best)
+    likely = replace(constraints, counting="likely")
+    best = _bisect(costs, lambda s: FeasibilitySearch(tables, s, likely).run(), known_s)
+    return _bisect(costs, lambda s: _exactly(tables, s, constraints), known_s, best)
 
 
-def _lay(tables: Tables, limit_s: float, wish: Wish) -> tuple[Part, ...] | None:
+def _lay(tables: LookupTables, limit_s: float, constraints: Constraints) -> tuple[Part, ...] | None:
     """A plan as wished that takes at most `limit_s`; None if there is none."""
-    if wish.num_stages is None:
-        return Laying(tables, limit_s, wish).run()
-    found = Laying(tables, limit_s, replace(wish, counting="likely")).run()
-    return found or _exactly(tables, limit_s, wish)
+    if constraints.num_stages is None:
+        return FeasibilitySearch(tables, limit_s, constraints).run()
+    found = FeasibilitySearch(tables, limit_s, replace(constraints, counting="likely")).run()
+    return found or _exactly(tables, limit_s, constraints)
 
 
-def _exactly(tables: Tables, limit_s: float, wish: Wish) -> tuple[Part, ...] | None:
+def _exactly(
+    tables: LookupTables, limit_s: float, constraints: Constraints
+) -> tuple[Part, ...] | None:
     """The same, with the search over all partial plans only if one of fewer stages exists."""
-    found = Laying(tables, limit_s, replace(wish, counting="at_most")).run()
-    if found is None or len(tables.costs.stages(found)) == wish.num_stages:
+    found = FeasibilitySearch(tables, limit_s, replace(constraints, counting="at_most")).run()
+    if found is None or len(tables.costs.stages(found)) == constraints.num_stages:
         return found
-    return Laying(tables, limit_s, wish).run()
+    return FeasibilitySearch(tables, limit_s, constraints).run()
 
 
-def _sending_least(tables: Tables, wish: Wish, best: tuple[Part, ...]) -> tuple[Part, ...]:
+def _sending_least(
+    tables: LookupTables, constraints: Constraints, best: tuple[Part, ...]
+) -> tuple[Part, ...]:
     """Of equally fast plans, some of which are looked for, the one that sends the fewest bytes.
 
     Where layers are alike, as in most deep models, a straight pipeline and data parallelism often
@@ -102,43 +108,49 @@ def _sending_least(tables: Tables, wish: Wish, best: tuple[Part, ...]) -> tuple[
     """
     costs = tables.costs
     limit_s = costs.plan_s(best) * (1 + _CLOSE)
-    wish = replace(wish, charges_memory=bool(costs.topology.memory_bytes), counting="likely")
-    found = [best, _straight(tables, limit_s, wish)]
-    if wish.num_stages is None:
-        found.append(Laying(tables, limit_s, replace(wish, num_stages=1)).run())
+    constraints = replace(
+        constraints, charges_memory=bool(costs.topology.memory_bytes), counting="likely"
+    )
+    found = [best, _straight(tables, limit_s, constraints)]
+    if constraints.num_stages is None:
+        found.append(FeasibilitySearch(tables, limit_s, replace(constraints, num_stages=1)).run())
     return min(
         (parts for parts in found if parts is not None),
         key=lambda parts: sum(map(costs.wire_bytes, costs.stages(parts))),
     )
 
 
-def _straight(tables: Tables, limit_s: float, wish: Wish) -> tuple[Part, ...] | None:
+def _straight(
+    tables: LookupTables, limit_s: float, constraints: Constraints
+) -> tuple[Part, ...] | None:
     """A straight plan that takes at most `limit_s` and fits."""
-    found = Reach(tables.costs, straight=True).plan(limit_s)
-    if found is None or (wish.num_stages is None and tables.costs.excess_bytes(found) == 0):
+    found = Reach(tables.costs, replicate=False).plan(limit_s)
+    if found is None or (constraints.num_stages is None and tables.costs.excess_bytes(found) == 0):
         return found
-    return Laying(tables, limit_s, replace(wish, straight=True)).run()
+    return FeasibilitySearch(tables, limit_s, replace(constraints, replicate=False)).run()
 
 
-def fits(costs: Costs, *, straight: bool = False, num_stages: int | None = None) -> bool:
+def fits(costs: Costs, *, replicate: bool = True, num_stages: int | None = None) -> bool:
     """Whether some plan fits, whatever time it takes; arguments as in `fastest`."""
-    wish = Wish(straight, num_stages)
-    return _lay(Tables(costs), float("inf"), wish) is not None
+    constraints = Constraints(replicate, num_stages)
+    return _lay(LookupTables(costs), float("inf"), constraints) is not None
 
 
 def least_excess(
-    costs: Costs, *, straight: bool = False, num_stages: int | None = None
+    costs: Costs, *, replicate: bool = True, num_stages: int | None = None
 ) -> tuple[Part, ...] | None:
     """The plan that comes nearest to fitting, whatever time it takes; None if there is no plan."""
-    tables = Tables(costs)
-    wish = Wish(straight, num_stages, charges_memory=False)
-    best = _lay(tables, float("inf"), wish)
+    tables = LookupTables(costs)
+    constraints = Constraints(replicate, num_stages, charges_memory=False)
+    best = _lay(tables, float("inf"), constraints)
     if best is None:
         return None
     low, high = 0.0, costs.excess_bytes(best)
     while high - low > 0.5 and high - low > 1e-9 * high:
         middle = (low + high) / 2
-        found = _lay(tables, float("inf"), replace(wish, charges_memory=True, extra_bytes=middle))
+        found = _lay(
+            tables, float("inf"), replace(constraints, charges_memory=True, extra_bytes=middle)
+        )
         if found is None:
             low = middle
         else:

@@ -85,7 +85,7 @@ def plan_pipeline(profile: Profile, topology: Topology, options: PlanOptions | N
 
 def _may_be_late(options: PlanOptions) -> bool:
     """Whether a plan may have late updates, which hide all-reduces."""
-    possible = find_algorithm(options.schedule).takes("update_lag") and not options.straight
+    possible = find_algorithm(options.schedule).takes("update_lag") and options.replicate
     return possible and options.update_lag != 0
 
 

@@ -136,7 +136,7 @@ def test_one_stage_must_fit_too(measured, cache_directory):
 
 
 def test_a_plan_must_fit_the_topology_that_is_given():
-    plan = plan_pipeline(make_profile(), pdjax.Topology.parse(LINKS), PlanOptions(straight=True))
+    plan = plan_pipeline(make_profile(), pdjax.Topology.parse(LINKS), PlanOptions(replicate=False))
     make_pipe(plan=plan, schedule="pipedream", topology="4@1GB/s:1GiB")
     for topology, message in (("2@1GB/s", "on worker 2"), ("4@1GB/s:1kB", "worker 0 of .* has")):
         with pytest.raises(ValueError, match=message):
@@ -191,7 +191,7 @@ def test_stages_recompute_where_memory_is_short(measured, cache_directory):
 
 def test_a_plan_from_a_file(tmp_path):
     profile = make_profile()
-    plan = plan_pipeline(profile, pdjax.Topology.parse(LINKS), PlanOptions(straight=True))
+    plan = plan_pipeline(profile, pdjax.Topology.parse(LINKS), PlanOptions(replicate=False))
     plan.save(tmp_path / "plan.json")
     for given in (plan, str(tmp_path / "plan.json"), tmp_path / "plan.json"):
         pipe = make_pipe(plan=given, schedule="pipedream")
@@ -201,7 +201,7 @@ def test_a_plan_from_a_file(tmp_path):
 
 def test_a_plan_of_another_model_is_refused():
     profile = make_profile()
-    plan = plan_pipeline(profile, pdjax.Topology.parse(LINKS), PlanOptions(straight=True))
+    plan = plan_pipeline(profile, pdjax.Topology.parse(LINKS), PlanOptions(replicate=False))
     with pytest.raises(ValueError, match="another model: its fingerprint is"):
         make_pipe(plan=replace(plan, model="0" * 16)).init(CASE.params, BATCH)
     with pytest.raises(ValueError, match=r"another model.*differing"):

@@ -60,8 +60,8 @@ def test_from_a_file_to_a_plan_and_a_picture(tmp_path, graph_file):
 
 def test_the_flags_reach_the_planner(graph_file):
     options = {"profile": graph_file, "topology": "3@1MB/s"}
-    assert run(**options, straight=True)[0].notation == "1-1"
-    assert run(**options, straight=True, num_stages=3)[0].num_stages == 3
+    assert run(**options, replicate=False)[0].notation == "1-1"
+    assert run(**options, replicate=False, num_stages=3)[0].num_stages == 3
     plan, text = run(**options, schedule="gpipe", num_microbatches=4)
     assert plan.prediction is not None
     assert plan.prediction.num_microbatches == 4
@@ -93,7 +93,7 @@ def test_a_plan_is_run_by_the_training_command(tmp_path):
         batch_size=8,
         topology="3@1GB/s",
         num_stages=3,
-        straight=True,
+        replicate=False,
         output=output,
     )
     text = io.StringIO()

@@ -88,7 +88,7 @@ def test_one_worker_is_advised_where_more_help_nothing():
 
 def test_a_flushed_pipeline_may_be_shorter_than_there_are_workers():
     """With one microbatch a pipeline only ever fills and drains."""
-    options = PlanOptions(schedule="one_f_one_b", num_microbatches=1, straight=True)
+    options = PlanOptions(schedule="one_f_one_b", num_microbatches=1, replicate=False)
     assert search_plan(EVEN, Topology.parse("4@1GB/s"), options).num_stages == 1
     many = replace(options, num_microbatches=32)
     assert search_plan(EVEN, Topology.parse("4@1GB/s"), many).num_stages == 4
@@ -98,14 +98,14 @@ def test_the_bubble_is_that_of_the_formula():
     """Equal stages that send nothing: (m + n - 1) / m times the stage's time."""
     profile = make_profile([(1e-3, 2e-3, 0, 1, 0)] * 4)
     for name in ("gpipe", "one_f_one_b"):
-        options = PlanOptions(schedule=name, num_microbatches=6, num_stages=4, straight=True)
+        options = PlanOptions(schedule=name, num_microbatches=6, num_stages=4, replicate=False)
         prediction = predicted(search_plan(profile, Topology.parse("4@1GB/s"), options))
         assert prediction.minibatch_s == pytest.approx((6 + 3) * 3e-3)
 
 
 def test_without_pipelining_every_microbatch_goes_through_alone():
     profile = make_profile([(1e-3, 2e-3, 0, 1, 0)] * 8)
-    options = PlanOptions("model_parallel", 4, num_stages=4, straight=True)
+    options = PlanOptions("model_parallel", 4, num_stages=4, replicate=False)
     plan = search_plan(profile, Topology.parse("4@1GB/s"), options)
     assert predicted(plan).minibatch_s == pytest.approx(4 * 8 * 3e-3)
 
@@ -130,7 +130,7 @@ def test_a_flushed_plan_is_never_slower_than_one_worker():
 
 
 def test_advice_names_what_would_be_faster():
-    plan = search_plan(EVEN, Topology.parse("4@1GB/s"), PlanOptions(num_stages=1, straight=True))
+    plan = search_plan(EVEN, Topology.parse("4@1GB/s"), PlanOptions(num_stages=1, replicate=False))
     advice = predicted(plan).advice
     assert advice == "Use one worker; GPipe, 16 microbatches would be 3.2 times as fast."
 
@@ -145,7 +145,7 @@ def test_a_link_that_limits_is_named():
 
 def test_full_rematerialisation_is_planned_as_such():
     profile = make_profile([(1e-3, 2e-3, 1e5, 1e6, 1e8)] * 4)
-    topology, options = Topology.parse("2@10GB/s"), PlanOptions(straight=True, remat="full")
+    topology, options = Topology.parse("2@10GB/s"), PlanOptions(replicate=False, remat="full")
     plan = search_plan(profile, topology, options)
     assert plan.remat == ("full", "full")
     assert predicted(plan).minibatch_s == pytest.approx(8e-3)
@@ -154,17 +154,17 @@ def test_full_rematerialisation_is_planned_as_such():
 
 def test_layers_stay_together():
     topology = Topology.parse("4@1GB/s")
-    options = PlanOptions(straight=True, together=((1, 3),))
+    options = PlanOptions(replicate=False, together=((1, 3),))
     assert set(search_plan(EVEN, topology, options).first_layers).isdisjoint({2, 3})
 
 
 def test_tied_layers_stay_together_under_asynchronous_schedules_only():
     profile = replace(EVEN, tied=((0, 7),), inseparable=((2, 3),))
-    topology, straight = Topology.parse("4@1GB/s"), PlanOptions(straight=True, num_stages=1)
-    assert search_plan(profile, topology, straight).num_stages == 1
+    topology, alone = Topology.parse("4@1GB/s"), PlanOptions(replicate=False, num_stages=1)
+    assert search_plan(profile, topology, alone).num_stages == 1
     with pytest.raises(ValueError, match="at most 1 stages"):
-        search_plan(profile, topology, replace(straight, num_stages=2))
-    flushed = PlanOptions("one_f_one_b", 8, num_stages=4, straight=True)
+        search_plan(profile, topology, replace(alone, num_stages=2))
+    flushed = PlanOptions("one_f_one_b", 8, num_stages=4, replicate=False)
     assert 3 not in search_plan(profile, topology, flushed).first_layers
 
 
@@ -268,7 +268,7 @@ def test_the_memory_form_is_what_the_schedule_does(name, num_stages):
 
 def test_the_table():
     profile = make_profile([(1e-3, 2e-3, 1e5, 2**20, 2**20)] * 4, batch_size=10)
-    options = PlanOptions(straight=True, overlap=True)
+    options = PlanOptions(replicate=False, overlap=True)
     assert str(search_plan(profile, Topology.parse("2@1GB/s:64MiB"), options)) == TABLE
 
 
@@ -276,7 +276,7 @@ def test_passes_wait_for_an_all_reduce_unless_updates_are_late():
     profile = make_profile([(1e-3, 2e-3, 1e5, 2**20, 2**20)] * 4)
     sync_s = 4 * 2**20 / 1e9
     for overlap, both_s in ((False, 12e-3 + sync_s), (True, 12e-3)):
-        options = PlanOptions(straight=True, overlap=overlap)
+        options = PlanOptions(replicate=False, overlap=overlap)
         others = predicted(search_plan(profile, Topology.parse("2@1GB/s"), options)).others
         assert others[0].name == "data parallelism"
         assert others[0].microbatch_s == pytest.approx(both_s / 2)
@@ -300,41 +300,41 @@ fast."""
 
 def test_recomputation_is_said_with_its_price():
     profile = make_profile([(1e-3, 2e-3, 1e6, 1e6, 1e8)] * 8)
-    plan = search_plan(profile, Topology.parse("4@100GB/s:1GiB"), PlanOptions(straight=True))
+    plan = search_plan(profile, Topology.parse("4@100GB/s:1GiB"), PlanOptions(replicate=False))
     assert plan.remat == ("none",) * 4
     smaller = Topology.parse("4@100GB/s:600MiB")
-    plan = search_plan(profile, smaller, PlanOptions(straight=True))
+    plan = search_plan(profile, smaller, PlanOptions(replicate=False))
     assert plan.remat[0] == "full"
     assert plan.remat[-1] == "none"
     assert "recompute" in predicted(plan).advice
     assert "adds up to 2 ms for each microbatch" in predicted(plan).advice
     smallest = Topology.parse("4@100GB/s:350MiB")
-    assert set(search_plan(profile, smallest, PlanOptions(straight=True)).remat) == {
+    assert set(search_plan(profile, smallest, PlanOptions(replicate=False)).remat) == {
         "full",
         "none",
     }
     with pytest.raises(ValueError, match="rematerialisation"):
-        search_plan(profile, smallest, PlanOptions(straight=True, remat="none"))
+        search_plan(profile, smallest, PlanOptions(replicate=False, remat="none"))
 
 
 def test_when_nothing_fits_the_text_says_by_how_much_and_what_helps():
     profile = make_profile([(1e-3, 2e-3, 1e6, 2**20, 2**20)] * 4)
     topology = Topology.parse("2@1GB/s:13MiB")
     with pytest.raises(ValueError, match="no plan fits") as caught:
-        search_plan(profile, topology, PlanOptions(straight=True))
+        search_plan(profile, topology, PlanOptions(replicate=False))
     text = str(caught.value)
     missing = float(text.partition("lacks ")[2].partition(" KiB")[0])
     assert "twice as many workers" in text
-    search_plan(profile, Topology.parse("4@1GB/s:13MiB"), PlanOptions(straight=True))
+    search_plan(profile, Topology.parse("4@1GB/s:13MiB"), PlanOptions(replicate=False))
     assert "one_f_one_b" in text
-    search_plan(profile, topology, PlanOptions("one_f_one_b", straight=True))
+    search_plan(profile, topology, PlanOptions("one_f_one_b", replicate=False))
     for more, fits in ((missing - 0.1, False), (missing + 0.1, True)):
         larger = Topology.uniform(2, 1e9, int(13 * 2**20 + more * 2**10))
         if fits:
-            search_plan(profile, larger, PlanOptions(straight=True))
+            search_plan(profile, larger, PlanOptions(replicate=False))
         else:
             with pytest.raises(ValueError, match="no plan fits"):
-                search_plan(profile, larger, PlanOptions(straight=True))
+                search_plan(profile, larger, PlanOptions(replicate=False))
 
 
 @pytest.mark.parametrize(
@@ -399,7 +399,7 @@ def test_a_plan_survives_a_file(tmp_path):
     ],
 )
 def test_files_that_are_no_plan(tmp_path, change, message):
-    plan = search_plan(EVEN, Topology.parse("4@1GB/s"), PlanOptions(straight=True))
+    plan = search_plan(EVEN, Topology.parse("4@1GB/s"), PlanOptions(replicate=False))
     value = json.loads(plan.to_json())
     change(value)
     (tmp_path / "plan.json").write_text(json.dumps(value))

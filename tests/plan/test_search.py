@@ -14,23 +14,24 @@ from hypothesis import strategies as st
 
 from pdjax.plan import cost_model, feasible, lookup
 from pdjax.plan.cost_model import CostForm, Costs, MemoryForm, Part
-from pdjax.plan.pareto import PARENT, make_rows, worth_keeping
+from pdjax.plan.pareto import PARENT, drop_dominated, make_rows
 from pdjax.plan.search import fastest
 from pdjax.profile import LayerProfile, Profile
 from pdjax.topology import Level, Topology
 
 
 def every_plan(
-    costs: Costs, first: int, stop: int, level: int, straight: bool = False
+    costs: Costs, first: int, stop: int, level: int, replicate: bool = True
 ) -> Iterator[tuple[Part, ...]]:
     """All nested pipelines of the layers first … stop on the units of a level."""
     units = costs.topology.levels[level].num_units
     for count in range(1, min(units, stop - first) + 1):
         for cuts in itertools.combinations(range(first + 1, stop), count - 1):
             bounds = [first, *cuts, stop]
-            for replicas in itertools.product(range(1, 2 if straight else units + 1), repeat=count):
+            most = units if replicate else 1
+            for replicas in itertools.product(range(1, most + 1), repeat=count):
                 for starts in _places(replicas, units):
-                    yield from _fill(costs, bounds, replicas, starts, level, straight)
+                    yield from _fill(costs, bounds, replicas, starts, level, replicate)
 
 
 def _places(replicas, units, start=0):
@@ -43,13 +44,13 @@ def _places(replicas, units, start=0):
             yield (unit, *rest)
 
 
-def _fill(costs, bounds, replicas, starts, level, straight):
+def _fill(costs, bounds, replicas, starts, level, replicate):
     choices = []
     for (a, b), m, unit in zip(itertools.pairwise(bounds), replicas, starts, strict=True):
         if level == 0:
             choices.append([Part(a, b, m, unit, remat=remat) for remat in (False, True)])
         else:
-            inner = every_plan(costs, a, b, level - 1, straight)
+            inner = every_plan(costs, a, b, level - 1, replicate)
             choices.append([Part(a, b, m, unit, parts) for parts in inner])
     yield from itertools.product(*choices)
 
@@ -80,11 +81,11 @@ two_levels = st.builds(
 )
 
 
-def check(profile_layers, levels, cost, memory, shares, straight=False, num_stages=None, cuts=()):
+def check(profile_layers, levels, cost, memory, shares, replicate=True, num_stages=None, cuts=()):
     """`shares`: each worker's memory, as a share of what the best plan without limits needs."""
     profile = Profile(tuple(profile_layers))
     costs = Costs(profile, Topology(levels), cost, memory, cuts)
-    free = fastest(costs, straight=straight)
+    free = fastest(costs, replicate=replicate)
     assert free is not None
     if shares is not None:
         most = max(map(costs.stage_bytes, costs.stages(free)))
@@ -93,10 +94,10 @@ def check(profile_layers, levels, cost, memory, shares, straight=False, num_stag
     top = len(levels) - 1
     fitting = [
         costs.plan_s(parts)
-        for parts in every_plan(costs, 0, costs.num_layers, top, straight)
+        for parts in every_plan(costs, 0, costs.num_layers, top, replicate)
         if allowed(costs, parts, num_stages)
     ]
-    best = fastest(costs, straight=straight, num_stages=num_stages)
+    best = fastest(costs, replicate=replicate, num_stages=num_stages)
     if not fitting:
         assert best is None
         return
@@ -153,9 +154,9 @@ ranges = st.lists(
 
 @settings(deadline=None, max_examples=250)
 @given(layers, one_level, forms, memory_forms, memories, st.booleans(), stage_counts, ranges)
-def test_one_level_equals_brute_force(found, levels, cost, memory, sizes, straight, count, cuts):
+def test_one_level_equals_brute_force(found, levels, cost, memory, sizes, replicate, count, cuts):
     cuts = [(a, min(b, len(found) - 1)) for a, b in cuts if a < len(found)]
-    check(found, levels, cost, memory, sizes, straight, count, cuts)
+    check(found, levels, cost, memory, sizes, replicate, count, cuts)
 
 
 @settings(deadline=None, max_examples=150)
@@ -169,9 +170,9 @@ def test_one_level_equals_brute_force(found, levels, cost, memory, sizes, straig
     stage_counts,
     ranges,
 )
-def test_two_levels_equal_brute_force(found, levels, cost, memory, sizes, straight, count, cuts):
+def test_two_levels_equal_brute_force(found, levels, cost, memory, sizes, replicate, count, cuts):
     cuts = [(a, min(b, len(found) - 1)) for a, b in cuts if a < len(found)]
-    check(found, levels, cost, memory, sizes, straight, count, cuts)
+    check(found, levels, cost, memory, sizes, replicate, count, cuts)
 
 
 @pytest.mark.parametrize("num_workers", [2, 4, 5, 20])
@@ -180,7 +181,7 @@ def test_equal_layers_divide_evenly(num_workers):
     profile = Profile((LayerProfile("layer", 1.0, 2.0, 0.0, 1.0),) * 20)
     topology = Topology.uniform(num_workers, 1e9)
     costs = Costs(profile, topology, CostForm(), MemoryForm())
-    best = fastest(costs, straight=True)
+    best = fastest(costs, replicate=False)
     assert best is not None
     assert costs.plan_s(best) == pytest.approx(60 / num_workers)
 
@@ -207,7 +208,7 @@ def test_cuts_fall_where_few_bytes_cross_if_that_takes_no_longer(narrow, firsts)
     rows = zip(seconds, widths, strict=True)
     layers = tuple(LayerProfile("layer", s, 0.0, w, 0.0) for s, w in rows)
     costs = Costs(Profile(layers), Topology.uniform(4, 100.0), CostForm(), MemoryForm())
-    best = fastest(costs, straight=True, num_stages=4)
+    best = fastest(costs, replicate=False, num_stages=4)
     assert best is not None
     assert costs.plan_s(best) == 3.0
     assert tuple(part.first for part in best) == firsts
@@ -238,7 +239,7 @@ def test_what_is_worth_keeping(table):
     origin, first, demand, burden, levels = table.T
     rows = make_rows(len(table), origin=origin, first=first, demand=demand)
     rows[:, PARENT] = np.arange(len(table))
-    kept = {tuple(table[number]) for number in worth_keeping(rows, burden, levels)[:, PARENT]}
+    kept = {tuple(table[number]) for number in drop_dominated(rows, burden, levels)[:, PARENT]}
     every = set(map(tuple, table.tolist()))
 
     def beats(one, other):
@@ -272,7 +273,7 @@ def test_few_partial_plans_are_looked_at(monkeypatch, share, num_stages):
         size = int(share * max(map(costs.stage_bytes, costs.stages(free))))
         costs = costs.changed(topology=Topology(levels, (size,) * 16))
     looked_at = 0
-    worth_keeping, one_of_each = feasible.worth_keeping, feasible.one_of_each
+    drop_dominated, one_of_each = feasible.drop_dominated, feasible.one_of_each
 
     def counted(keep):
         def count_rows(rows, *args, **options):
@@ -282,7 +283,7 @@ def test_few_partial_plans_are_looked_at(monkeypatch, share, num_stages):
 
         return count_rows
 
-    monkeypatch.setattr(feasible, "worth_keeping", counted(worth_keeping))
+    monkeypatch.setattr(feasible, "drop_dominated", counted(drop_dominated))
     monkeypatch.setattr(feasible, "one_of_each", counted(one_of_each))
     best = fastest(costs, num_stages=num_stages)
     assert best is not None

@@ -33,7 +33,7 @@ def make_profile(num_layers: int = 8, **fields) -> Profile:
 
 def make_plan(profile: Profile, topology: str = "4@1GB/s", num_stages=4, **options) -> Plan:
     """A straight pipeline of four stages, unless told otherwise."""
-    options = {"num_stages": num_stages, "straight": num_stages == 4} | options
+    options = {"num_stages": num_stages, "replicate": num_stages != 4} | options
     return plan_pipeline(profile, Topology.parse(topology), PlanOptions(**options))
 
 

@@ -27,7 +27,7 @@ def profile(tmp_path):
 @pytest.fixture
 def plan(tmp_path, profile):
     path = tmp_path / "plan.json"
-    options = PlanOptions(num_stages=4, straight=True)
+    options = PlanOptions(num_stages=4, replicate=False)
     found = plan_pipeline(
         Profile.from_json(profile.read_text()), Topology.parse("4@1GB/s"), options
     )

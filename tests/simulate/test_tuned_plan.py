@@ -64,7 +64,7 @@ def test_slack_that_does_not_fit_is_not_chosen():
     limited = dataclasses.replace(SLOW, memory_bytes=(int(peak) + 1,) * 4)
     assert plan_pipeline(EVEN, limited).slack == 0
     with pytest.raises(ValueError, match=r"does not fit into memory with slack=1"):
-        plan_pipeline(EVEN, limited, PlanOptions(num_stages=4, straight=True, slack=1))
+        plan_pipeline(EVEN, limited, PlanOptions(num_stages=4, replicate=False, slack=1))
 
 
 def test_updates_are_late_where_an_all_reduce_is_waited_for():
