@@ -1,7 +1,7 @@
 """Whether a plan takes at most a given time, and which one.
 
 Parts are laid from the last layer to the first. For every number of units, all that is worth going
-on with is kept (see `frontier`). A part of an outer level is laid as a pipeline of its own on the
+on with is kept (see `pareto`). A part of an outer level is laid as a pipeline of its own on the
 units inside. Everything works on tables of rows at once.
 
 Nothing here imports JAX.

@@ -1,9 +1,9 @@
 """The fastest plan that fits: PipeDream's planner, exact, with memory charged in full.
 
-The time of a plan is that of its slowest part (SOSP 2019, section 3.1). Whether some plan takes at
-most a given time is easy to say (`FeasibilitySearch`), and the best time is found by bisection. The search
-ends at a plan whose own time nothing beats. Only nested plans are looked at: a part of an outer
-level is a pipeline of its own on the units inside.
+The time of a plan is that of its slowest part (SOSP 2019, section 3.1). `FeasibilitySearch` decides
+whether some plan takes at most a given time, and the best time is found by bisection. The search
+ends at a plan that no other one beats. Only nested plans are searched: a part of an outer level is
+a pipeline of its own on the units inside.
 
 Memory is left out at first; if the plan that is found fits, it is the best of those that fit, too.
 
