@@ -170,30 +170,30 @@ def memory_form(
 
 
 def _check(case: Case, options: PlanOptions) -> None:
-    profile, topology, constraints = case.costs.profile, case.costs.topology, options.num_stages
+    profile, topology, requested = case.costs.profile, case.costs.topology, options.num_stages
     for first, last in options.together:
         if not 0 <= first <= last < len(profile.layers):
             raise ValueError(
                 f"together has ({first}, {last}); expected the first and the last layer of a "
                 f"range, from 0 to {len(profile.layers) - 1}."
             )
-    if constraints is None:
+    if requested is None:
         return
-    if constraints > len(profile.layers):
+    if requested > len(profile.layers):
         raise ValueError(
-            f"{constraints} stages need at least as many layers, but the profile has "
+            f"{requested} stages need at least as many layers, but the profile has "
             f"{len(profile.layers)}: {', '.join(profile.names[:12])}. Use fewer stages, or write "
             "the model in smaller modules."
         )
-    if constraints > topology.num_workers:
+    if requested > topology.num_workers:
         raise ValueError(
-            f"{constraints} stages need at least as many workers, but the topology {topology} has "
+            f"{requested} stages need at least as many workers, but the topology {topology} has "
             f"{topology.num_workers}. Use fewer stages or more workers."
         )
     closed = int(np.isinf(case.costs.width_bytes).sum())
-    if constraints > len(profile.layers) - closed:
+    if requested > len(profile.layers) - closed:
         raise ValueError(
-            f"{constraints} stages cannot be made of {len(profile.layers)} layers of which some must "
+            f"{requested} stages cannot be made of {len(profile.layers)} layers of which some must "
             f"stay together (they share a parameter or a state, or were asked to): at most "
             f"{len(profile.layers) - closed} stages. Use fewer stages, or a synchronous schedule "
             "such as 'one_f_one_b', under which tied weights may be separated."
