@@ -89,8 +89,8 @@ def test_facts_are_those_of_the_inputs_behind_a_value(choices):
     """The fact here: the inputs that a value depends on. A result of no inputs has none of it."""
     values, equations = program(choices)
     start = {var: frozenset([var]) for var in values[:NUM_INPUTS]}
-    facts = dataflow.propagate(
-        equations, start, lambda _, reads: frozenset().union(*reads.values()) if reads else None
+    facts = DataFlow(equations).propagate(
+        start, lambda _, reads: frozenset().union(*reads.values()) if reads else None
     )
     flow = DataFlow(equations)
     for var in values:
