@@ -25,7 +25,6 @@ import optax
 from pdjax.split.supply import Demand, Supply
 from pdjax.split.traced_update import TracedUpdate, trace_update
 from pdjax.trace import dataflow, jaxprs
-from pdjax.trace.dataflow import DataFlow, propagate
 from pdjax.trace.jaxprs import Atom, Equation, Var
 from pdjax.trace.program import Program, sliced
 
@@ -131,7 +130,7 @@ class _UpdatePlacer:
     ) -> None:
         self.update = update
         self.num_stages = num_stages
-        self.flow = DataFlow(update.program.equations)
+        self.flow = update.program.flow
         stages = list(map(frozenset, homes))
         self.homes = dict(zip(update.params, stages, strict=True))
         self.homes |= dict(zip(update.grads, stages, strict=True))
@@ -221,7 +220,7 @@ class _UpdatePlacer:
         if self.update.num_minibatches is not None:
             start[self.update.num_minibatches] = _Availability(everywhere)
         rule = partial(_available, everywhere)
-        facts = propagate(self.flow.equations, start, rule)
+        facts = self.flow.propagate(start, rule)
         return {var: fact.stages for var, fact in facts.items()}
 
     # -------- where and when values are computed
@@ -259,7 +258,7 @@ class _UpdatePlacer:
         for var in [var for var in transfers if var not in makers]:
             receive(var)
         for index, equation in enumerate(self.flow.equations):
-            inputs = self.flow.inputs(index)
+            inputs = self.flow.inputs[index]
             for stage in range(self.num_stages):
                 if index in self.supply.run[stage]:
                     ready = max((phase[var, stage] for var in inputs), default=0)

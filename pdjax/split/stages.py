@@ -23,7 +23,7 @@ from itertools import pairwise
 from pdjax.split.state_placement import place_state, state_conflict
 from pdjax.split.supply import Demand, Supply
 from pdjax.trace import jaxprs
-from pdjax.trace.dataflow import Fact, propagate
+from pdjax.trace.dataflow import Fact
 from pdjax.trace.jaxprs import Atom, Equation, Var
 from pdjax.trace.layers import LayerGraph
 from pdjax.trace.loss_fn import TracedLoss, ValueKind
@@ -357,7 +357,7 @@ def _propagate_params(
         is_made = any(traced.kind(var) is ValueKind.PARAMETER for var in equation.outvars)
         return combine(reads.values()) if is_made else None
 
-    return propagate(traced.equations, start, of_params)
+    return traced.flow.propagate(start, of_params)
 
 
 def _active_values(traced: TracedLoss) -> frozenset[Var]:

@@ -128,7 +128,7 @@ class _StatePlacer:
             self.stage_of[position] = self._first_stage(position)
 
     def _first_stage(self, position: int) -> int:
-        makers = (self.traced.flow.makers.get(v, -1) for v in self.traced.flow.inputs(position))
+        makers = (self.traced.flow.makers.get(v, -1) for v in self.traced.flow.inputs[position])
         return max((self.stage_of[maker] for maker in makers if maker in self.stage_of), default=0)
 
     def join_leaves(self) -> None:

@@ -77,4 +77,4 @@ class Supply:
             self.inputs[stage].add(var)
             return []
         self.run[stage].add(position)
-        return [(read, stage) for read in self._flow.inputs(position)]
+        return [(read, stage) for read in self._flow.inputs[position]]

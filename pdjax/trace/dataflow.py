@@ -14,7 +14,7 @@ A program is a list of equations in program order, and every value is made once 
 
 `DataFlow` holds the two tables of one program, for many questions about it: each table takes time
 linear in the program, and each walk takes time linear in the equations that it visits. The
-functions of the same names ask one question. `propagate` carries a fact of any type forward.
+functions of the same names ask one question.
 """
 
 from __future__ import annotations
@@ -50,11 +50,16 @@ class DataFlow:
     @cached_property
     def readers(self) -> dict[Var, list[int]]:
         """For each value that is read, the positions of the equations that read it, ascending."""
-        return readers(self.equations)
+        found: dict[Var, list[int]] = {}
+        for position, inputs in enumerate(self.inputs):
+            for var in inputs:
+                found.setdefault(var, []).append(position)
+        return found
 
-    def inputs(self, position: int) -> list[Var]:
-        """The distinct variables that an equation reads."""
-        return variables(self.equations[position].invars)
+    @cached_property
+    def inputs(self) -> list[list[Var]]:
+        """For each equation the distinct variables that it reads."""
+        return [variables(equation.invars) for equation in self.equations]
 
     def reachable(self, roots: Iterable[Var], through: Through | None = None) -> set[Var]:
         """`roots` and the values that are computed with them.
@@ -87,7 +92,7 @@ class DataFlow:
             position = self.makers.get(pending.pop())
             if position is not None and position not in visited:
                 visited.add(position)
-                pending += _enter(position, self.inputs(position), found, through)
+                pending += _enter(position, self.inputs[position], found, through)
         return found
 
     def needed(self, wanted: Iterable[Atom], given: Iterable[Var] = ()) -> list[int]:
@@ -101,6 +106,28 @@ class DataFlow:
         start = [var for var in variables(wanted) if var not in stop]
         found = self.sources(start, lambda _, var: var not in stop)
         return sorted({self.makers[var] for var in found if var in self.makers})
+
+    def propagate(
+        self,
+        start: Mapping[Var, Fact],
+        rule: Callable[[Equation, dict[Var, Fact]], Fact | None],
+    ) -> dict[Var, Fact]:
+        """Carries a fact about the inputs of the program forward to its values.
+
+        Args:
+            start: the fact about each input (or about some).
+            rule: the fact about the results of an equation, from the equation and the facts about
+                the variables that it reads; None for no fact.
+
+        Returns:
+            `start`, and the facts about the values of the program.
+        """
+        facts = dict(start)
+        for equation, inputs in zip(self.equations, self.inputs, strict=True):
+            fact = rule(equation, {var: facts[var] for var in inputs if var in facts})
+            if fact is not None:
+                facts.update(dict.fromkeys(equation.outvars, fact))
+        return facts
 
 
 def _enter(
@@ -119,11 +146,7 @@ def makers(equations: Sequence[Equation]) -> dict[Var, int]:
 
 def readers(equations: Sequence[Equation]) -> dict[Var, list[int]]:
     """For each value that is read, the positions of the equations that read it, ascending."""
-    found: dict[Var, list[int]] = {}
-    for at, equation in enumerate(equations):
-        for var in variables(equation.invars):
-            found.setdefault(var, []).append(at)
-    return found
+    return DataFlow(equations).readers
 
 
 def reachable(equations: Sequence[Equation], roots: Iterable[Var]) -> set[Var]:
@@ -148,27 +171,3 @@ def free_variables(equations: Sequence[Equation], outvars: Iterable[Atom] = ()) 
 def reads_any(equation: Equation, values: set[Var]) -> bool:
     """Whether an equation reads one of `values`."""
     return not values.isdisjoint(variables(equation.invars))
-
-
-def propagate(
-    equations: Sequence[Equation],
-    start: Mapping[Var, Fact],
-    rule: Callable[[Equation, dict[Var, Fact]], Fact | None],
-) -> dict[Var, Fact]:
-    """Carries a fact about the inputs of a program forward to its values.
-
-    Args:
-        equations: the program.
-        start: the fact about each input (or about some).
-        rule: the fact about the results of an equation, from the equation and the facts about the
-            variables that it reads; None for no fact.
-
-    Returns:
-        `start`, and the facts about the values of the program.
-    """
-    facts = dict(start)
-    for equation in equations:
-        fact = rule(equation, {v: facts[v] for v in variables(equation.invars) if v in facts})
-        if fact is not None:
-            facts.update(dict.fromkeys(equation.outvars, fact))
-    return facts

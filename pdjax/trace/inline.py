@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jax.extend import core as jex
 from jax.extend.core import primitives
 
 from pdjax.trace import dataflow, jaxprs
+from pdjax.trace.dataflow import DataFlow
 from pdjax.trace.jaxprs import Atom, Equation, Var
 
 _REMATERIALISED = frozenset({"checkpoint", "remat", "remat2"})
@@ -41,6 +43,11 @@ class InlinedProgram:
     equations: tuple[Equation, ...]
     paths: tuple[str, ...]
     outvars: tuple[Atom, ...]
+
+    @cached_property
+    def flow(self) -> DataFlow:
+        """The data flow of the equations."""
+        return DataFlow(self.equations)
 
 
 class _Inliner:

@@ -16,14 +16,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pdjax.trace import inline, jaxprs
-from pdjax.trace.dataflow import DataFlow, propagate
+from pdjax.trace.dataflow import DataFlow
 from pdjax.trace.inline import InlinedProgram
 from pdjax.trace.jaxprs import Atom, Equation, Var
 from pdjax.trace.leaf_range import LeafRange, whole_leaves
@@ -84,10 +83,10 @@ class TracedLoss:
         """The equations in program order."""
         return self.program.equations
 
-    @cached_property
+    @property
     def flow(self) -> DataFlow:
-        """Which equation makes each value, and which read it."""
-        return DataFlow(self.equations)
+        """The data flow of the equations."""
+        return self.program.flow
 
     def kind(self, atom: Atom) -> ValueKind:
         """The kind of `atom`; a literal is a constant."""
@@ -344,7 +343,7 @@ def _classify(
         unrepeatable = jaxprs.is_heavy(equation) and kind is not ValueKind.PARAMETER
         return ValueKind.LINE if unrepeatable or jaxprs.has_effects(equation) else kind
 
-    return propagate(program.equations, inputs, kind_of_results)
+    return program.flow.propagate(inputs, kind_of_results)
 
 
 def _kind_of(inputs: set[ValueKind]) -> ValueKind:
@@ -366,7 +365,7 @@ def _find_summaries(
         return max(reads.values(), default=0) if of_params else None
 
     sizes = {var: jaxprs.num_elements(var) for var in params}
-    largest = propagate(program.equations, sizes, largest_behind)
+    largest = program.flow.propagate(sizes, largest_behind)
     return frozenset(
         var
         for var, size in largest.items()

@@ -47,7 +47,7 @@ def test_every_demand_is_met(choices, wanted, places):
     made = [{v for at in run for v in equations[at].outvars} for run in supply.run]
     received = [{v for v, t in supply.transfers.items() if s in t.targets} for s in range(3)]
     there = [made[s] | supply.inputs[s] | received[s] for s in range(3)]
-    needs = [(v, s) for s in range(3) for at in supply.run[s] for v in flow.inputs(at)]
+    needs = [(v, s) for s in range(3) for at in supply.run[s] for v in flow.inputs[at]]
     needs += [(v, t.source) for v, t in supply.transfers.items()]
     assert all(var in there[stage] for var, stage in [*demands, *needs])
 
