@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from itertools import chain
 
 import numpy as np
 
@@ -90,13 +89,9 @@ class Walk:
                     heappush(turns, turn - number + other + (count if other < number else 0))
         return order
 
-    def in_any_order(self) -> list[range]:
-        """Does all actions that can be done; returns the runs of them that a worker does at once.
-
-        That takes half the time of `in_rounds`.
-        """
+    def in_any_order(self) -> None:
+        """Does all actions that can be done, in half the time of `in_rounds`."""
         heads, stops, missing, worker = self.heads, self.stops, self.missing, self.worker
-        runs = []
         turns = self.ready()
         while turns:
             number = turns.pop()
@@ -107,9 +102,7 @@ class Walk:
                     if not missing[waiting] and heads[worker[waiting]] == waiting:
                         turns.append(worker[waiting])
                 head += 1
-            runs.append(range(heads[number], head))
             heads[number] = head
-        return runs
 
 
 def slots_of(columns: Columns) -> list[int]:
@@ -126,7 +119,7 @@ def slots_of(columns: Columns) -> list[int]:
     needs = find_needs(columns)
     walk = Walk.of(columns, needs.take(needs.need >= 0))
     slots, earliest, free = [-1] * len(columns), [0] * len(columns), [0] * columns.num_workers
-    for at in chain.from_iterable(walk.in_any_order()):
+    for at in walk.in_rounds():
         slots[at] = max(free[walk.worker[at]], earliest[at])
         free[walk.worker[at]] = slots[at] + 1
         for waiting in walk.waiting[walk.first[at] : walk.first[at + 1]]:
