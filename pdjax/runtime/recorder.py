@@ -128,8 +128,10 @@ def _find_ends(events: Sequence[Event]) -> Ends:
 def _inputs_ready(event: Event, ends: Ends) -> float:
     """When the results that the first action of a program needs were ready."""
     needs = KINDS[actions_of(event.kind)[0]].needs
-    keys = ((need.result, event.stage + need.step, event.microbatch) for need in needs)
-    return max((ends.get(key, 0.0) for key in keys), default=0.0)
+    ready = (
+        ends.get((need.result, event.stage + need.step, event.microbatch), 0.0) for need in needs
+    )
+    return max(ready, default=0.0)
 
 
 def _lasting(kind: InstructionKind, outputs: Any) -> Any:

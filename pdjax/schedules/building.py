@@ -76,7 +76,7 @@ def num_workers_of(
         name: of the schedule.
         num_stages: number of stages on all workers together.
         num_chunks: stages on each worker.
-        allowed: the numbers of chunks for which the schedule is defined; all if None.
+        allowed: the numbers of virtual stages for which the schedule is defined; all if None.
 
     Raises:
         ValueError: if the stages cannot be shared out.

@@ -89,34 +89,20 @@ class Walk:
                     heappush(turns, turn - number + other + (count if other < number else 0))
         return order
 
-    def in_slots(self) -> list[int]:
-        """Does all actions that can be done; returns when each starts, as early as it can.
-
-        Each takes one unit of time. An action that cannot be done has -1.
-        """
+    def in_any_order(self) -> None:
+        """Does all actions that can be done, in half the time of `in_rounds`."""
         heads, stops, missing, worker = self.heads, self.stops, self.missing, self.worker
-        first, every = self.first, self.waiting
-        slots = [-1] * len(worker)
-        earliest = [0] * len(worker)
         turns = self.ready()
         while turns:
             number = turns.pop()
             head, stop = heads[number], stops[number]
-            slot = slots[head - 1] + 1 if head and worker[head - 1] == number else 0
             while head < stop and not missing[head]:
-                if earliest[head] > slot:
-                    slot = earliest[head]
-                slots[head] = slot
-                slot += 1
-                for waiting in every[first[head] : first[head + 1]]:
-                    if slot > earliest[waiting]:
-                        earliest[waiting] = slot
+                for waiting in self.waiting[self.first[head] : self.first[head + 1]]:
                     missing[waiting] -= 1
                     if not missing[waiting] and heads[worker[waiting]] == waiting:
                         turns.append(worker[waiting])
                 head += 1
             heads[number] = head
-        return slots
 
 
 def slots_of(columns: Columns) -> list[int]:
@@ -131,4 +117,11 @@ def slots_of(columns: Columns) -> list[int]:
         [0, 3, 1, 2]
     """
     needs = find_needs(columns)
-    return Walk.of(columns, needs.take(needs.need >= 0)).in_slots()
+    walk = Walk.of(columns, needs.take(needs.need >= 0))
+    slots, earliest, free = [-1] * len(columns), [0] * len(columns), [0] * columns.num_workers
+    for at in walk.in_rounds():
+        slots[at] = max(free[walk.worker[at]], earliest[at])
+        free[walk.worker[at]] = slots[at] + 1
+        for waiting in walk.waiting[walk.first[at] : walk.first[at + 1]]:
+            earliest[waiting] = max(earliest[waiting], slots[at] + 1)
+    return slots

@@ -52,14 +52,14 @@ def _actions(num_workers: int, worker: int, num_microbatches: int) -> tuple[Acti
 
 
 def _passes(n: int, worker: int, total: int) -> str:
-    """The kinds of a worker's passes, each with its chunk: ``F0`` is the first one's forward pass.
+    """The kinds of a worker's passes, each with its virtual stage: ``F0`` is F of the first one.
 
     Args:
         n: number of workers.
         worker: the worker.
         total: microbatches, at least 2n - 1.
     """
-    ahead = 2 * n - 1 - worker  # forward passes of the first chunk before the steady state
+    ahead = 2 * n - 1 - worker  # forward passes of the first virtual stage before the steady state
     return (
         "F0" * (2 * (n - worker) - 1)
         + "F1F0" * worker

@@ -56,8 +56,8 @@ class StageLinks(StagePairs):
             for pairs in (sends, returns):
                 rows += [(stage, target, order, size) for order, (target, size) in enumerate(pairs)]
         source, target, order, sizes = np.array(rows, float).reshape(-1, 4).T
-        whole = (column.astype(np.int64) for column in (source, target, order))
-        return cls(*whole, sizes).sorted_by("target")
+        links = cls(source.astype(int), target.astype(int), order.astype(int), sizes)
+        return links.sorted_by("target")
 
     def find(self, source: np.ndarray, target: np.ndarray) -> np.ndarray:
         """The positions of pairs of stages that are linked."""

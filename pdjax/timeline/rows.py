@@ -13,7 +13,7 @@ import numpy as np
 
 from pdjax.column_table import ColumnTable
 
-Entry = TypeVar("Entry", bound=NamedTuple, covariant=True)
+Entry = TypeVar("Entry", bound=NamedTuple)
 
 
 class Rows(ColumnTable, Sequence[Entry], Generic[Entry]):

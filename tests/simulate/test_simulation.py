@@ -281,3 +281,16 @@ def test_larger_microbatches():
     assert cost.scaled(2) == StageCost(
         2, 4, None, 6, 4, 5, 6, 7, 16, 18, 20, ((1, 22),), ((0, 24),)
     )
+
+
+@pytest.mark.parametrize("targets", [(1, 2), (2, 1)])
+def test_a_stage_sends_in_the_order_of_its_pairs(targets):
+    """Over its only link, one transfer after the other."""
+    costs = [
+        StageCost(1, 2, sends=tuple((target, 4) for target in targets)),
+        StageCost(1, 2, sends=((2, 4),)),
+        StageCost(1, 2),
+    ]
+    timeline = simulate(gpipe(3, 1), costs, Topology.parse("3@0.000000004GB/s"))
+    sent = [(t.target, t.start_s, t.end_s) for t in timeline.transfers if t.source == 0]
+    assert sent == [(targets[0], 1, 2), (targets[1], 2, 3)]
