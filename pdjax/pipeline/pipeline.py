@@ -484,7 +484,7 @@ class Pipeline:
         """
         prepared = self._training_of(state).prepared
         executor, peers = prepared.executor, None
-        weights = [held.weights[0] for held in state.run.stages if held.weights]
+        weights = [held.lasting.weights[0] for held in state.run.stages if held.lasting.weights]
         recorder = recording.Recorder(executor.schedule, weights)
         executor.observer = recorder.observe
         try:

@@ -29,12 +29,12 @@ from pdjax.profile.cached import measured_profile
 from pdjax.profile.profile import Profile
 from pdjax.runtime.evaluation import Evaluation
 from pdjax.runtime.executor import Executor
-from pdjax.runtime.gather import Holdings
+from pdjax.runtime.gather import Gather
 from pdjax.runtime.init_state import Starter
-from pdjax.runtime.microbatches import Intake, Slicing
+from pdjax.runtime.microbatches import MicrobatchSlicer, Slicing
 from pdjax.runtime.programs import Passes, PlacedConsts
-from pdjax.runtime.replica_map import Places
-from pdjax.runtime.state import Feed, Run, StageState, WorkerTally
+from pdjax.runtime.replica_map import ReplicaMap
+from pdjax.runtime.state import Feed, LastingState, Run, StageState, WorkerTally
 from pdjax.runtime.update import UpdateRunner
 from pdjax.schedules import Schedule
 from pdjax.schedules.versions import delay_of, peak_versions
@@ -98,49 +98,47 @@ class Prepared:
         self.plan, self.schedule, self.rule = decided.plan, decided.schedule, decided.rule
         self.comparison, self._remat = decided.comparison, decided.remat
         placements = settings.placements
-        self.places = Places.of(self.schedule)
+        self.replicas = ReplicaMap.of(self.schedule)
         self.peers = peers
         self.transport = make_transport(placements, peers)
-        self._here = self.transport.here
+        self._is_local = self.transport.is_local
         if peers is not None:
-            peers.describe(self._stages_here())
+            peers.describe(self._local_stages())
         self._keys = self._everywhere(rng)
         self._passes: dict[Any, Passes] = {}
         self._known: dict[Any, Passes] = {}
         self._evaluations: dict[Any, Evaluation] = {}
-        self._consts = PlacedConsts(placements, self._here)
+        self._consts = PlacedConsts(placements, self._is_local)
         self.split = split(decided.graph, self.plan.first_layers)
         self.update = self._split_optimizer()
         self.state_homes = _state_homes(self.split)
-        self.weights, self.model = self._find_holdings()
+        self.weights, self.model = self._gathers()
         self._updates = [self._update_runner(at) for at in range(len(placements))]
         self._reduces = self._make_reduces()
         self.executor = Executor(
             self.schedule,
             self.rule,
-            self._updates,
-            [self._divisors(at) for at in range(len(placements))],
             self.transport,
-            _average if self._averages_state() else None,
-            self._reduces,
+            [self._divisors(at) for at in range(len(placements))],
+            _average,
         )
         # Under an asynchronous schedule a batch may be read after the step that brought it has
         # returned, when its owner may have given its memory away.
-        self._intakes = [
-            Intake(placement, keeps_in_place=self.schedule.flushes) for placement in placements
+        self._slicers = [
+            MicrobatchSlicer(placement, keeps_in_place=self.schedule.flushes) for placement in placements
         ]
         self._passes[self._spec.signature] = self._compile(self._spec, self.split)
 
-    def _stages_here(self) -> str:
+    def _local_stages(self) -> str:
         """What this process runs, in words."""
-        pairs = zip(self.places.stage_of, self._here, strict=True)
+        pairs = zip(self.replicas.stage_of, self._is_local, strict=True)
         said = []
         for stage in sorted({stage for stage, here in pairs if here}):
             names = self.plan.stage_layers(stage)
             said.append(f"stage {stage}: {names[0]}" + f" … {names[-1]}" * (len(names) > 1))
         return "; ".join(said) or "no stage"
 
-    def _find_holdings(self) -> tuple[Holdings, Holdings]:
+    def _gathers(self) -> tuple[Gather, Gather]:
         """The parameters, and the mutable state."""
         shapes = map(jax.tree.leaves, (self._example.params, self._example.state))
         at = [{i: at for at, i in enumerate(stage.params)} for stage in self.update.stages]
@@ -149,7 +147,7 @@ class Prepared:
             lambda held, stage, index: held.model[index],
         )
         params, state = (
-            Holdings(self.places, homes, leaves, read, self.transport)
+            Gather(self.replicas, homes, leaves, read, self.transport)
             for homes, leaves, read in zip(
                 (self.split.homes, self.state_homes), shapes, readers, strict=True
             )
@@ -158,15 +156,15 @@ class Prepared:
 
     def _everywhere(self, value: Any) -> list[Any]:
         """A value at each place of this process; None for the others."""
-        pairs = zip(self._settings.placements, self._here, strict=True)
+        pairs = zip(self._settings.placements, self._is_local, strict=True)
         return [place(value, placement) if here else None for placement, here in pairs]
 
     def _divisors(self, at: int) -> dict[int, Any]:
         """What the sum of so many microbatches' gradients is divided by, at a place."""
-        size = self.schedule.per_update[self.places.stage_of[at]]
+        size = self.schedule.per_update[self.replicas.stage_of[at]]
         whole = not self.schedule.flushes and self.schedule.num_microbatches == 1
         placement = self._settings.placements[at]
-        if not self._here[at]:
+        if not self._is_local[at]:
             return {}
         counts = range(1 if whole else size, size + 1)  # a drain may break a round off
         return {count: place(np.float32(count), placement) for count in counts}
@@ -175,9 +173,9 @@ class Prepared:
         """For each stage with replicas what its updates sum and average over them."""
         found: dict[int, tuple[Reduce, MeanOfState | None]] = {}
         params, state = map(jax.tree.leaves, (self._example.params, self._example.state))
-        for stage, count in enumerate(self.places.replicas):
-            if count > 1 and any(self._here[at] for at in self.places.of_stage(stage)):
-                at = self.places.of_stage(stage)
+        for stage, count in enumerate(self.replicas.num_replicas):
+            if count > 1 and any(self._is_local[at] for at in self.replicas.of_stage(stage)):
+                at = self.replicas.of_stage(stage)
                 where = [self._settings.placements[place] for place in at]
                 replicas = Replicas(at, where, self.transport)
                 shapes = [params[i] for i in self.update.stages[stage].params]
@@ -219,7 +217,7 @@ class Prepared:
             self.split.homes,
             traced.param_names,
             self.plan.num_stages,
-            rounds=not self.schedule.flushes and max(self.places.replicas) > 1,
+            rounds=not self.schedule.flushes and max(self.replicas.num_replicas) > 1,
             scales=self._scales(),
         )
         if not self.schedule.flushes:
@@ -229,16 +227,16 @@ class Prepared:
 
     def _scales(self) -> list[float] | None:
         """For each parameter a factor on its learning rate, where the weight rule has some."""
-        replicas = self.places.replicas
+        replicas = self.replicas.num_replicas
         if self.rule.replica_learning_rate == "same" or self.schedule.flushes:
             return None
         return [replicas[homes[0]] / replicas[0] for homes in self.split.homes]
 
     def _update_runner(self, at: int) -> UpdateRunner:
         """The update at a place; it reuses the old weights if no backward pass still needs them."""
-        schedule, rule, stage = self.schedule, self.rule, self.places.stage_of[at]
+        schedule, rule, stage = self.schedule, self.rule, self.replicas.stage_of[at]
         workers = schedule.unroll((schedule.lag + 2) * schedule.num_minibatches)
-        worker = workers[self.places.worker_of[at]]
+        worker = workers[self.replicas.worker_of[at]]
         delay = delay_of(rule, schedule)
         alive = peak_versions(worker, stage, rule, schedule.num_microbatches, delay)
         return UpdateRunner(
@@ -256,7 +254,7 @@ class Prepared:
         A drain may break a round off; of a weighted loss the divisor does not say so.
         """
         if self.split.traced.weight is not None:
-            return lambda _: self.places.replicas[stage]
+            return lambda _: self.replicas.num_replicas[stage]
         return lambda divisor: divisor / self.schedule.num_microbatches
 
     def _compile(self, spec: BatchSpec, stages: StageSplit) -> Passes:
@@ -270,8 +268,10 @@ class Prepared:
             self._remat,
             self._updates,
             self._metric_axes(self._settings.loss_fn, spec, stages, m),
-            self._consts.of(stages, self.places),
-            self._here,
+            self._consts.of(stages, self.replicas),
+            self._is_local,
+            self._averages_state(),
+            self._reduces,
         )
         key = shape_of(self._example.key)
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
@@ -329,9 +329,9 @@ class Prepared:
             stages = split(graph, self.plan.first_layers_in(graph.names))
             self._evaluations[known] = Evaluation(
                 stages,
-                [held[0] for held in map(self.places.of_stage, range(self.plan.num_stages))],
+                [held[0] for held in map(self.replicas.of_stage, range(self.plan.num_stages))],
                 self._settings.placements,
-                self._consts.of(stages, self.places),
+                self._consts.of(stages, self.replicas),
                 Slicing(count, spec.axes),
                 self._metric_axes(loss_fn, spec, stages, count),
                 self.transport,
@@ -344,17 +344,17 @@ class Prepared:
         """Places the parameters and makes the optimizer state, each leaf where it lives."""
         starter = Starter(self._settings.optimizer, self._example.params, params, model_state)
         stages = []
-        for at, stage in enumerate(self.places.stage_of):
+        for at, stage in enumerate(self.replicas.stage_of):
             state = [i for i, homes in enumerate(self.state_homes) if stage in homes]
             placement = self._settings.placements[at]
-            made = StageState((), (), {})
-            if self._here[at]:
+            made = LastingState((), (), {})
+            if self._is_local[at]:
                 made = starter.start(self.update.stages[stage], state, placement)
-            stages.append(made)
+            stages.append(StageState(made))
         workers = [0] * len(self.schedule.workers)
-        for held, worker in zip(stages, self.places.worker_of, strict=True):
-            workers[worker] += held.weight_bytes
-        return Run(stages, [WorkerTally(size) for size in workers])
+        for held, worker in zip(stages, self.replicas.worker_of, strict=True):
+            workers[worker] += held.lasting.weight_bytes
+        return Run(stages, list(map(WorkerTally, workers)), self.replicas.worker_of)
 
     def feed(self, run: Run, batch: Any) -> Feed:
         """Moves a minibatch to the places that read it, to each the microbatches that it runs."""
@@ -366,27 +366,27 @@ class Prepared:
         passes = self._known[shapes]
         leaves = self._taken(passes.split, leaves)
         moved = []
-        for at, intake in enumerate(self._intakes):
-            if not self._here[at]:
+        for at, slicer in enumerate(self._slicers):
+            if not self._is_local[at]:
                 moved.append(())
                 continue
-            stage = self.places.stage_of[at]
-            count = self.places.replicas[stage]
-            number = at - self.places.of_stage(stage)[0]
-            first = (number - (run.fed - run.start) % self.schedule.cycle) % count
+            stage = self.replicas.stage_of[at]
+            count = self.replicas.num_replicas[stage]
+            number = at - self.replicas.of_stage(stage)[0]
+            first = (number - (run.num_microbatches_seen - run.start) % self.schedule.cycle) % count
             turns = range(first, self.schedule.num_microbatches, count)
             indices = passes.split.stages[stage].batch
-            moved.append(intake.take(leaves, indices, passes.slicing, turns))
+            moved.append(slicer.slice(leaves, indices, passes.slicing, turns))
         return Feed(passes, moved, self._keys)
 
-    def _read_here(self, stages: StageSplit) -> set[int]:
+    def _locally_read(self, stages: StageSplit) -> set[int]:
         """The batch leaves that the stages of this process read."""
-        mine = {self.places.stage_of[at] for at, here in enumerate(self._here) if here}
+        mine = {self.replicas.stage_of[at] for at, here in enumerate(self._is_local) if here}
         return {index for stage in mine for index in stages.stages[stage].batch}
 
     def _taken(self, stages: StageSplit, leaves: Sequence[Any]) -> list[Any]:
         """Copies of the batch leaves that the stages of this process read; None for the others."""
-        read = self._read_here(stages)
+        read = self._locally_read(stages)
         missing = [i for i in sorted(read) if isinstance(leaves[i], jax.ShapeDtypeStruct)]
         if missing:
             names = [self._spec.names[i] for i in missing]
@@ -399,7 +399,7 @@ class Prepared:
     @property
     def reads(self) -> Any:
         """For each batch leaf whether a stage of this process reads it."""
-        read, count = self._read_here(self.split), len(self._spec.names)
+        read, count = self._locally_read(self.split), len(self._spec.names)
         return jax.tree.unflatten(self._spec.tree, [index in read for index in range(count)])
 
     def evaluate(self, run: Run, batch: Any, count: int) -> tuple[Any, Values, Any]:

@@ -53,23 +53,23 @@ def stage_memory(passes: Passes, run: Run) -> tuple[StageMemory, ...]:
     """
     return tuple(
         StageMemory(
-            stage=passes.places.stage_of[index],
-            weight_bytes=held.weight_bytes,
-            peak_versions=held.peak_versions,
-            optimizer_bytes=_bytes(held.optimizer),
+            stage=passes.replicas.stage_of[index],
+            weight_bytes=held.counters.weight_bytes,
+            peak_versions=held.counters.peak_versions,
+            optimizer_bytes=_bytes(held.lasting.optimizer),
             gradient_bytes=gradient_bytes(passes, run, index),
             stash_bytes=passes.stash_bytes[index] if "F" in passes.kinds[index] else 0,
-            peak_in_flight=held.peak_in_flight,
+            peak_in_flight=held.counters.peak_in_flight,
             held_bytes=passes.held_bytes[index],
-            peak_stash_bytes=held.peak_stash_bytes,
+            peak_stash_bytes=held.counters.peak_stash_bytes,
         )
         for index, held in enumerate(run.stages)
     )
 
 
-def gradient_bytes(passes: Passes, run: Run, place: int) -> int:
-    """Bytes of the gradients at a place; 0 if they are applied where they are made."""
-    return 0 if "FBU" in passes.kinds[place] else run.stages[place].weight_bytes
+def gradient_bytes(passes: Passes, run: Run, replica: int) -> int:
+    """Bytes of the gradients of a replica; 0 if they are applied where they are made."""
+    return 0 if "FBU" in passes.kinds[replica] else run.stages[replica].counters.weight_bytes
 
 
 @dataclass(frozen=True)
@@ -90,21 +90,21 @@ class Counts:
 
 def count(passes: Passes, run: Run) -> Counts:
     """What `run` counted so far; gradients are those of the last minibatch's programs."""
-    places = passes.places
-    found: list[Counter[str]] = [Counter() for _ in places.replicas]
-    for stage, state in zip(places.stage_of, run.stages, strict=True):
-        for kinds, times in state.performed.items():
+    replicas = passes.replicas
+    found: list[Counter[str]] = [Counter() for _ in replicas.num_replicas]
+    for stage, state in zip(replicas.stage_of, run.stages, strict=True):
+        for kinds, times in state.counters.performed.items():
             found[stage].update(dict.fromkeys(kinds, times))
     actions = [dict(sorted(each.items())) for each in found]
     links: Counter[tuple[int, int]] = Counter()
     for (source, target), size in run.sent_bytes.items():
-        pair = places.worker_of[source], places.worker_of[target]
+        pair = replicas.worker_of[source], replicas.worker_of[target]
         if pair[0] != pair[1]:
             links[pair] += size
     peaks = []
     for worker, tally in enumerate(run.workers):
-        held = [at for at, where in enumerate(places.worker_of) if where == worker]
-        fixed = sum(_bytes(run.stages[at].optimizer) for at in held)
+        held = [at for at, where in enumerate(replicas.worker_of) if where == worker]
+        fixed = sum(_bytes(run.stages[at].lasting.optimizer) for at in held)
         fixed += sum(gradient_bytes(passes, run, at) for at in held)
         peaks.append(fixed + tally.peak_bytes)
     return Counts(tuple(actions), dict(sorted(links.items())), tuple(peaks))

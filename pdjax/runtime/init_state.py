@@ -1,4 +1,4 @@
-"""What each place holds before the first step: weights, optimizer state, mutable state."""
+"""What each replica holds before the first step: weights, optimizer state, mutable state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import optax
 from jax.sharding import Sharding
 
-from pdjax.runtime.state import StageState
+from pdjax.runtime.state import LastingState
 from pdjax.split.optimizer import StageUpdate, init_program
 from pdjax.trace import inline, jaxprs
 from pdjax.trace.inline import FlatProgram
@@ -19,7 +19,7 @@ from pdjax.trees import is_function, place
 
 
 class Starter:
-    """Makes what places hold, each leaf where it lives and nowhere else.
+    """Makes what replicas hold, each leaf where it lives and nowhere else.
 
     Args:
         optimizer: the optimizer.
@@ -38,8 +38,8 @@ class Starter:
         self._params, self._state = _source(params), _source(model_state)
         self._init, _ = init_program(optimizer, shapes)
 
-    def start(self, mine: StageUpdate, state: Sequence[int], placement: Sharding) -> StageState:
-        """What one place holds.
+    def start(self, mine: StageUpdate, state: Sequence[int], placement: Sharding) -> LastingState:
+        """What one replica holds.
 
         Args:
             mine: the update of its stage.
@@ -48,7 +48,7 @@ class Starter:
         """
         weights = self._params.take(mine.params, placement)
         model = dict(zip(state, self._state.take(state, placement), strict=True))
-        return StageState(weights, self._optimizer_state(mine, weights, placement), model)
+        return LastingState(weights, self._optimizer_state(mine, weights, placement), model)
 
     def _optimizer_state(self, mine: StageUpdate, weights: Values, placement: Sharding) -> Values:
         init = self._init
@@ -63,7 +63,7 @@ class Starter:
 
 class _Source(Protocol):
     def take(self, indices: Sequence[int], placement: Sharding) -> Values:
-        """Some of the leaves, at a place."""
+        """Some of the leaves, on the devices of a replica."""
         ...
 
 

@@ -18,9 +18,9 @@ from typing import Any, cast
 import jax
 
 from pdjax.distributed import Peers
-from pdjax.runtime.programs import InstructionKind
-from pdjax.runtime.replica_map import Places
+from pdjax.runtime.replica_map import ReplicaMap
 from pdjax.schedules import Action, Schedule
+from pdjax.schedules.lower import ProgramKind
 from pdjax.schedules.schedule import ActionKind, inputs_of
 from pdjax.timeline.timeline import Span, Timeline
 
@@ -29,7 +29,7 @@ from pdjax.timeline.timeline import Span, Timeline
 class Event:
     """A program that was dispatched; `done_s` is set when its results are ready."""
 
-    kind: InstructionKind
+    kind: ProgramKind
     worker: int
     stage: int
     microbatch: int
@@ -54,7 +54,7 @@ class Recorder:
         for leaf in weights:
             _touch(leaf)
         self._schedule = schedule
-        self._places = Places.of(schedule)
+        self._replicas = ReplicaMap.of(schedule)
         self._events: list[Event] = []
         self._queues: list[queue.SimpleQueue[tuple[Event, Any] | None]] = []
         self._threads: list[threading.Thread] = []
@@ -65,9 +65,9 @@ class Recorder:
             self._queues.append(waiting)
             self._threads.append(thread)
 
-    def observe(self, kind: InstructionKind, place: int, microbatch: int, made: Any) -> None:
+    def observe(self, kind: ProgramKind, replica: int, microbatch: int, made: Any) -> None:
         """Notes that a program was dispatched, and waits for it elsewhere."""
-        stage, worker = self._places.stage_of[place], self._places.worker_of[place]
+        stage, worker = self._replicas.stage_of[replica], self._replicas.worker_of[replica]
         event = Event(kind, worker, stage, microbatch, time.perf_counter())
         self._events.append(event)
         self._queues[worker].put((event, _lasting(kind, made)))
@@ -125,7 +125,7 @@ def _end_of(action: Action, ends: Ends) -> float:
     return max(ends.get((kind, action.stage, action.microbatch), 0.0) for kind in kinds)
 
 
-def _lasting(kind: InstructionKind, made: Any) -> Any:
+def _lasting(kind: ProgramKind, made: Any) -> Any:
     """Of what a program made, something that no later program is given for good.
 
     Gradients and weights are: a value made of them stands in for them.

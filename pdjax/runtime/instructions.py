@@ -1,0 +1,581 @@
+"""The instructions that a process runs with every minibatch: a schedule, bound to programs.
+
+`pdjax.schedules.lower` says of every action where its values go, what it does to the stash and
+which update it is for. Here that becomes a list in which nothing is left to be found out:
+
+    RUN       a compiled program at a replica: F, B, I, W, FB or FBU
+    SEND      values of the last program to another replica; RECV at the other end
+    FREE      versions of the weights that nothing reads any more
+    SPLIT     the finished gradients of a replica, into the pieces that travel around the ring
+    COLLECT   the loss and the metrics of the minibatch, in every process
+    AVERAGE   the mutable state of a minibatch, out of those of its microbatches
+    REDUCE    the gradients of a stage's replicas, and their mutable state, before their updates
+    PREPARE   the part of an update that other stages need something of, such as a norm
+    UPDATE    the weights and the optimizer state of a replica
+
+The instructions of one action are a `Block`; a block is run or left out as a whole, as microbatches
+that were never handed over have none. A `Listing` has the blocks of each minibatch of a cycle, in
+the order of dispatch. All processes make their listings from one lowered schedule, each with what
+it runs, sends or receives itself, so that they send and receive in one order.
+
+Microbatches are counted from the first one of the minibatch that is handed over, updates from the
+first one of the cycle; ``print(listing)`` shows what every replica does (see `listing`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from pdjax.communication.all_reduce import MeanOfState, Reduce
+from pdjax.communication.ring import RingReduce
+from pdjax.runtime.inputs import Reads
+from pdjax.runtime.replica_map import ReplicaMap
+from pdjax.runtime.routing import Pick, Route, Routes, grouper, picker
+from pdjax.runtime.update import UpdateRunner
+from pdjax.schedules.lower import Destination, LoweredAction, Phases, ProgramKind
+from pdjax.trace.jit import Values
+
+Content = Literal["activations", "cotangents", "results"]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class RunPass:
+    """RUN: a pass, or two of them, or both and the update, at a replica.
+
+    Attributes:
+        kind: the kind of the program; also the instruction's name.
+        replica: where it runs.
+        microbatch: for which microbatch.
+        program: what is called.
+        reads: what is read of consts, mutable state, batch and key.
+        kept_reads: what the stash keeps of these; None for the very same, or for nothing.
+        keeps: whether the stash keeps anything.
+        consts: the closed-over arrays that the stage reads.
+        state: the leaves of the mutable state that the stage reads.
+        updates: the leaves of the mutable state that it writes.
+        num_activations: how many values it waits for.
+        group: divides the cotangents that came by value.
+        pick_saved: of the program's outputs those that the stash keeps.
+        pick_state: of its outputs the new mutable state; None if there is none.
+        averages: whether that is averaged over a minibatch.
+        update: the update that its gradient is accumulated into.
+        updates_per_cycle: how many updates the replica makes in a cycle.
+        begins: whether its gradient is the first one of the sum.
+        stash_bytes: by how much it changes the stash.
+        frees: whether a FREE follows, with which the most that is held is counted.
+    """
+
+    kind: ProgramKind
+    replica: int
+    microbatch: int
+    program: Callable[..., Any]
+    reads: Reads
+    kept_reads: Reads | None
+    keeps: bool
+    consts: Values
+    state: tuple[int, ...]
+    updates: tuple[int, ...]
+    num_activations: int
+    group: Callable[[Values], tuple[Values, ...]]
+    pick_saved: Pick
+    pick_state: Pick | None
+    averages: bool
+    update: int
+    updates_per_cycle: int
+    begins: bool
+    stash_bytes: int
+    frees: bool
+
+    @property
+    def op(self) -> str:
+        return self.kind
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Send:
+    """SEND at one end, RECV at the other: values of the last program, to an inbox.
+
+    Attributes:
+        content: what they are.
+        source: the replica that made them.
+        target: the replica that gets them.
+        microbatch: the microbatch that they are of.
+        pick: of the values that the program made those that go there.
+        shapes: their shapes.
+        num_bytes: their size.
+        slots: their slots in the inbox; None if they fill all of them, in order.
+        num_slots: how many slots there are.
+        sends: whether the source is in this process.
+        receives: whether the target is.
+    """
+
+    content: Content
+    source: int
+    target: int
+    microbatch: int
+    pick: Pick
+    shapes: Values
+    num_bytes: int
+    slots: tuple[int, ...] | None
+    num_slots: int
+    sends: bool
+    receives: bool
+    op: ClassVar[str] = "SEND"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Free:
+    """FREE: the versions of a replica's weights that nothing reads any more."""
+
+    replica: int
+    microbatch: int
+    op: ClassVar[str] = "FREE"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Split:
+    """SPLIT: the finished gradients of a replica, for the ring; `number` is its place there."""
+
+    replica: int
+    microbatch: int
+    number: int
+    ring: RingReduce
+    update: int
+    updates_per_cycle: int
+    op: ClassVar[str] = "SPLIT"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Collect:
+    """COLLECT: the results of the minibatch."""
+
+    microbatch: int = 0
+    op: ClassVar[str] = "COLLECT"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Average:
+    """AVERAGE: the mutable state of a replica; `updates` are the leaves."""
+
+    replica: int
+    microbatch: int
+    updates: tuple[int, ...]
+    op: ClassVar[str] = "AVERAGE"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ReduceGradients:
+    """REDUCE: the gradients of replicas for an update, and then their mutable state.
+
+    Attributes:
+        replicas: of one stage.
+        local: for each of them whether this process runs it.
+        microbatch: the last one whose gradient is in the sum.
+        reduce: sums the gradients.
+        mean: averages the mutable state; None if there is none.
+        update: the update that waits for it.
+        updates_per_cycle: how many updates a replica makes in a cycle.
+    """
+
+    replicas: range
+    local: tuple[bool, ...]
+    microbatch: int
+    reduce: Reduce
+    mean: MeanOfState | None
+    update: int
+    updates_per_cycle: int
+    op: ClassVar[str] = "REDUCE"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PrepareUpdate:
+    """PREPARE: a phase of an update of which other stages need something, and the sending.
+
+    Attributes:
+        replica: the first replica of a stage; all would send the same.
+        stage: its stage.
+        microbatch: the last microbatch whose gradient is applied.
+        phase: the number of the phase.
+        runner: the update.
+        targets: the replicas that need it, or for which this process sends it.
+        local: whether this process runs the replica.
+        update: the update.
+        updates_per_cycle: how many updates the replica makes in a cycle.
+        size: how many microbatches an update applies.
+    """
+
+    replica: int
+    stage: int
+    microbatch: int
+    phase: int
+    runner: UpdateRunner
+    targets: tuple[int, ...]
+    local: bool
+    update: int
+    updates_per_cycle: int
+    size: int
+    op: ClassVar[str] = "PREPARE"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class UpdateWeights:
+    """UPDATE: new weights and optimizer state at a replica.
+
+    Attributes:
+        replica: where.
+        microbatch: the last microbatch whose gradient is applied.
+        runner: the update.
+        update: the update.
+        updates_per_cycle: how many updates the replica makes in a cycle.
+        size: how many microbatches an update applies.
+        frees: whether a FREE follows.
+    """
+
+    replica: int
+    microbatch: int
+    runner: UpdateRunner
+    update: int
+    updates_per_cycle: int
+    size: int
+    frees: bool
+    op: ClassVar[str] = "UPDATE"
+
+
+Instruction = (
+    RunPass
+    | Send
+    | Free
+    | Split
+    | Collect
+    | Average
+    | ReduceGradients
+    | PrepareUpdate
+    | UpdateWeights
+)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Block:
+    """The instructions of one action.
+
+    Attributes:
+        microbatch: the microbatch of the action.
+        num_microbatches: how many the action is for: one, or as many as an update applies. An
+            update at the end of a round that was broken off applies those that there are.
+        waits: whether it waits for other processes, so that it has a thread of its own.
+        instructions: what this process does.
+    """
+
+    microbatch: int
+    num_microbatches: int
+    waits: bool
+    instructions: tuple[Instruction, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """The instructions of a process.
+
+    Attributes:
+        phases: for each minibatch of a cycle the blocks of the step that hands it over.
+        replicas: where the stages are.
+        is_local: for each replica whether this process runs it.
+    """
+
+    phases: tuple[tuple[Block, ...], ...]
+    replicas: ReplicaMap
+    is_local: tuple[bool, ...]
+
+    def __iter__(self) -> Iterator[Instruction]:
+        for blocks in self.phases:
+            for block in blocks:
+                yield from block.instructions
+
+    def __str__(self) -> str:
+        from pdjax.runtime.listing import to_text
+
+        return to_text(self)
+
+
+@dataclass(frozen=True, eq=False)
+class StageBinding:
+    """What the instructions of one replica are bound to.
+
+    Attributes:
+        runner: has the programs of the passes, and what they read.
+        routes: where values of the stage go.
+        consts: the closed-over arrays that the stage reads.
+        state: the leaves of the mutable state that it reads.
+        updates: the leaves of the mutable state that it writes.
+        averages: whether these are averaged over a minibatch.
+        update: its part of the optimizer; None where nothing is trained.
+        update_size: how many microbatches an update applies.
+    """
+
+    runner: Any
+    routes: Routes
+    consts: Values
+    state: tuple[int, ...]
+    updates: tuple[int, ...]
+    averages: bool = False
+    update: UpdateRunner | None = None
+    update_size: int = 1
+
+
+class Binder:
+    """Binds a lowered schedule to programs.
+
+    Args:
+        rows: the schedule.
+        cycle: microbatches in a cycle.
+        bindings: of each replica.
+        replicas: where the stages are.
+        is_local: for each replica whether this process runs it.
+        num_results: how many results the loss function has.
+        weighted: whether an update needs the results of the minibatches that it applies.
+        reduces: of each stage with replicas in this process the sum of their gradients, and the
+            mean of their mutable state if it has one.
+    """
+
+    def __init__(
+        self,
+        rows: Phases,
+        cycle: int,
+        bindings: Sequence[StageBinding],
+        replicas: ReplicaMap,
+        is_local: Sequence[bool],
+        num_results: int,
+        *,
+        weighted: bool = False,
+        reduces: Mapping[int, tuple[Reduce, MeanOfState | None]] | None = None,
+    ) -> None:
+        self.rows, self.cycle, self.bindings, self.replicas = rows, cycle, bindings, replicas
+        self.is_local, self.num_results = tuple(is_local), num_results
+        self.weighted, self.reduces = weighted, reduces or {}
+        updates = [row for rows_of_step in rows for row in rows_of_step if row.kind == "U"]
+        phases = {each.update.num_phases for each in bindings if each.update}
+        self.num_phases = max(phases, default=1)
+        self.last_update = updates[-1] if self.num_phases > 1 else None
+
+    def listing(self) -> Listing:
+        """The instructions of this process."""
+        phases = tuple(tuple(filter(None, self.blocks(rows))) for rows in self.rows)
+        return Listing(phases, self.replicas, self.is_local)
+
+    def blocks(self, rows: Sequence[LoweredAction]) -> Iterator[Block | None]:
+        """The blocks of a step, None where this process has nothing to do."""
+        collected = False
+        for row in rows:
+            # An update that needs the weight of this minibatch: all processes collect it here.
+            if row.kind == "U" and self.weighted and row.microbatch >= 0 and not collected:
+                collected = True
+                yield Block(0, 1, False, (Collect(),))
+            yield self.update_block(row) if row.kind == "U" else self.pass_block(row)
+        if not collected:
+            yield Block(0, 1, False, (Collect(),))
+
+    # -------- passes
+
+    def pass_block(self, row: LoweredAction) -> Block | None:
+        replica = self.replicas.on_worker(row.worker, row.stage)
+        found: list[Instruction] = []
+        if self.is_local[replica]:
+            found.append(self.run_pass(row, replica))
+            found += self.after_pass(row, replica)
+        found += filter(None, self.sends(row, replica))
+        return Block(row.microbatch, 1, False, tuple(found)) if found else None
+
+    def run_pass(self, row: LoweredAction, replica: int) -> RunPass:
+        bound = self.bindings[replica]
+        runner, kind, routes = bound.runner, row.kind, bound.routes
+        reads = runner.fused_reads if kind in ("FB", "FBU") else runner.forward_reads
+        keeps = kind == "F" and bound.update is not None
+        outputs = runner.fused_outputs if kind in ("FB", "FBU") else runner.forward_outputs
+        forward = kind[0] == "F"
+        return RunPass(
+            kind=kind,
+            replica=replica,
+            microbatch=row.microbatch,
+            program=_program(runner, kind),
+            reads=reads,
+            kept_reads=_if_other(runner.backward_reads, reads) if keeps else None,
+            keeps=keeps,
+            consts=bound.consts,
+            state=bound.state,
+            updates=bound.updates,
+            num_activations=routes.num_activations if forward else 0,
+            group=grouper(routes.cotangents),
+            pick_saved=picker(outputs.saved),
+            pick_state=picker(outputs.state) if forward and outputs.state else None,
+            averages=bound.averages,
+            update=row.update,
+            updates_per_cycle=self.cycle // bound.update_size,
+            begins=row.begins,
+            stash_bytes=row.stash_bytes,
+            frees=row.frees,
+        )
+
+    def after_pass(self, row: LoweredAction, replica: int) -> Iterator[Instruction]:
+        if row.frees:
+            yield Free(replica, row.microbatch)
+        ring = self.ring_of(row.stage)
+        if ring is not None and row.completes:
+            size = self.bindings[replica].update_size
+            number = replica - self.replicas.of_stage(row.stage)[0]
+            yield Split(replica, row.microbatch, number, ring, row.update, self.cycle // size)
+
+    def sends(self, row: LoweredAction, replica: int) -> Iterator[Send | None]:
+        """What goes out of a pass, in the order in which all processes send and receive it."""
+        runner, routes = self.bindings[replica].runner, self.bindings[replica].routes
+        if row.kind[0] == "F":
+            outputs = runner.forward_outputs if row.kind == "F" else runner.fused_outputs
+            for to in row.sends:
+                route = routes.forward[to.stage]
+                picked = [outputs.sends[position] for position in route.sources]
+                slots = self.routes_of(to).num_activations
+                yield self.send("activations", row, replica, self.at(to), route, picked, slots)
+            if routes.results.slots:
+                collector = len(self.replicas) - 1
+                picked = [outputs.results[position] for position in routes.results.sources]
+                yield self.send(
+                    "results", row, replica, collector, routes.results, picked, self.num_results
+                )
+        for to in row.returns:
+            route = routes.backward[to.stage]
+            slots = sum(self.routes_of(to).cotangents)
+            yield self.send("cotangents", row, replica, self.at(to), route, route.sources, slots)
+
+    def send(
+        self,
+        content: Content,
+        row: LoweredAction,
+        source: int,
+        target: int,
+        route: Route,
+        picked: Sequence[int],
+        num_slots: int,
+    ) -> Send | None:
+        sends, receives = self.is_local[source], self.is_local[target]
+        if not sends and not receives:
+            return None
+        slots = None if route.slots == tuple(range(num_slots)) else route.slots
+        return Send(
+            content,
+            source,
+            target,
+            row.microbatch,
+            picker(picked),
+            route.shapes,
+            route.num_bytes,
+            slots,
+            num_slots,
+            sends,
+            receives,
+        )
+
+    def at(self, to: Destination) -> int:
+        return self.replicas.on_worker(to.worker, to.stage)
+
+    def routes_of(self, to: Destination) -> Routes:
+        return self.bindings[self.at(to)].routes
+
+    # -------- updates
+
+    def update_block(self, row: LoweredAction) -> Block | None:
+        replica = self.replicas.on_worker(row.worker, row.stage)
+        found: list[Instruction] = []
+        if row.reduces and row.stage in self.reduces:
+            for other in self.replicas.of_stage(row.stage):
+                found += self.averages(row, other)
+            found.append(self.reduce(row))
+        elif len(self.replicas.of_stage(row.stage)) == 1:
+            found += self.averages(row, replica)
+        if self.last_update is None:
+            found += self.update_weights(row, replica)
+        elif row is self.last_update:
+            found += self.updates_together(row)
+        if not found:
+            return None
+        size, waits = self.bindings[replica].update_size, self.ring_of(row.stage) is not None
+        return Block(row.microbatch, size, waits, tuple(found))
+
+    def averages(self, row: LoweredAction, replica: int) -> Iterator[Average]:
+        bound = self.bindings[replica]
+        if bound.averages and bound.updates and self.is_local[replica]:
+            yield Average(replica, row.microbatch, bound.updates)
+
+    def reduce(self, row: LoweredAction) -> ReduceGradients:
+        replicas = self.replicas.of_stage(row.stage)
+        local = tuple(self.is_local[at] for at in replicas)
+        per_cycle = self.cycle // self.bindings[replicas[0]].update_size
+        gradients, model = self.reduces[row.stage]
+        return ReduceGradients(
+            replicas, local, row.microbatch, gradients, model, row.update, per_cycle
+        )
+
+    def update_weights(self, row: LoweredAction, replica: int) -> Iterator[Instruction]:
+        if not self.is_local[replica]:
+            return
+        bound = self.bindings[replica]
+        assert bound.update is not None, "there is an update"
+        size = bound.update_size
+        per_cycle = self.cycle // size
+        yield UpdateWeights(
+            replica, row.microbatch, bound.update, row.update, per_cycle, size, row.frees
+        )
+        if row.frees:
+            yield Free(replica, row.microbatch)
+
+    def updates_together(self, row: LoweredAction) -> Iterator[Instruction]:
+        """The updates of all stages, where these exchange values between the phases."""
+        for phase in range(self.num_phases - 1):
+            for stage in range(len(self.replicas.num_replicas)):
+                yield from self.prepare(row, phase, stage)
+        for replica in range(len(self.replicas)):
+            yield from self.update_weights(row, replica)
+
+    def prepare(self, row: LoweredAction, phase: int, stage: int) -> Iterator[PrepareUpdate]:
+        replica = self.replicas.of_stage(stage)[0]
+        bound, local = self.bindings[replica], self.is_local[replica]
+        assert bound.update is not None, "there is an update"
+        if not bound.update.sends(phase):
+            return
+        targets = tuple(
+            target
+            for target, other in enumerate(self.bindings)
+            if other.update is not None and stage in other.update.sources[phase + 1]
+            if local or self.is_local[target]
+        )
+        size = bound.update_size
+        per_cycle = self.cycle // size
+        if local or targets:
+            yield PrepareUpdate(
+                replica,
+                stage,
+                row.microbatch,
+                phase,
+                bound.update,
+                targets,
+                local,
+                row.update,
+                per_cycle,
+                size,
+            )
+
+    def ring_of(self, stage: int) -> RingReduce | None:
+        """What sums the gradients of a stage's replicas, if it is made of transfers."""
+        reduce = self.reduces[stage][0] if stage in self.reduces else None
+        return reduce if isinstance(reduce, RingReduce) else None
+
+
+def _program(runner: Any, kind: ProgramKind) -> Callable[..., Any]:
+    """The program of a stage that does `kind`."""
+    if kind in ("I", "W"):
+        return runner.divided.input_part if kind == "I" else runner.divided.weight_part
+    return getattr(runner, {"F": "forward", "B": "backward", "FB": "fused", "FBU": "whole"}[kind])
+
+
+def _if_other(kept: Reads, reads: Reads) -> Reads | None:
+    return None if kept == reads else kept
