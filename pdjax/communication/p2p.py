@@ -101,7 +101,9 @@ def _preference(endpoints: Sequence[Endpoint]) -> str:
             f"{VARIABLE}={chosen!r} in the environment; expected 'device_put' or 'transfer', or "
             "nothing for what the devices support."
         )
-    kinds = {device.device_kind for endpoint in endpoints for device in endpoint.sharding.device_set}
+    kinds = {
+        device.device_kind for endpoint in endpoints for device in endpoint.sharding.device_set
+    }
     # The keys of such transfers are the same in two processes only if both take part in all.
     processes = {endpoint.process for endpoint in endpoints}
     simple = len(kinds) == 1 and len(processes) == 2

@@ -82,9 +82,7 @@ class RemoteTransport:
     ) -> Sequence[jax.Array] | None:
         """As `Transport.send_recv`."""
         own = self._peers.process_id
-        sends, receives = (
-            self._endpoints[at].process == own for at in (source, target)
-        )
+        sends, receives = (self._endpoints[at].process == own for at in (source, target))
         if sends == receives:  # nothing crosses processes, or between others
             return values
         tag = Tag(source, target, self._counts[source, target])

@@ -125,7 +125,8 @@ class Prepared:
         # Under an asynchronous schedule a batch may be read after the step that brought it has
         # returned, when its owner may have given its memory away.
         self._slicers = [
-            MicrobatchSlicer(placement, keeps_in_place=self.schedule.flushes) for placement in placements
+            MicrobatchSlicer(placement, keeps_in_place=self.schedule.flushes)
+            for placement in placements
         ]
         self._passes[self._spec.signature] = self._compile(self._spec, self.split)
 

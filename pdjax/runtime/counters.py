@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from pdjax.runtime.programs import Passes
-from pdjax.runtime.state import Run
+from pdjax.runtime.state import Programs, Run
 from pdjax.trace.jit import Values
 
 
@@ -46,11 +46,12 @@ class StageMemory:
         return fixed + self.peak_stash_bytes
 
 
-def stage_memory(passes: Passes, run: Run) -> tuple[StageMemory, ...]:
+def stage_memory(passes: Programs, run: Run) -> tuple[StageMemory, ...]:
     """What each stage, and replica, of `run` has held at its peak so far.
 
     It is for batches that `passes` are for.
     """
+    assert isinstance(passes, Passes), "programs of a training"
     return tuple(
         StageMemory(
             stage=passes.replicas.stage_of[index],
@@ -88,8 +89,9 @@ class Counts:
     peak_bytes: tuple[int, ...]
 
 
-def count(passes: Passes, run: Run) -> Counts:
+def count(passes: Programs, run: Run) -> Counts:
     """What `run` counted so far; gradients are those of the last minibatch's programs."""
+    assert isinstance(passes, Passes), "programs of a training"
     replicas = passes.replicas
     found: list[Counter[str]] = [Counter() for _ in replicas.num_replicas]
     for stage, state in zip(replicas.stage_of, run.stages, strict=True):

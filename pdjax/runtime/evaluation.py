@@ -135,9 +135,7 @@ class Evaluation:
         feed = Feed(self, parts, [keys[replica] for replica in self._where])
         return self._executor.step(self._new_run(weights, model), feed)
 
-    def _new_run(
-        self, weights: Sequence[Sequence[Any]], model: Sequence[Sequence[Any]]
-    ) -> Run:
+    def _new_run(self, weights: Sequence[Sequence[Any]], model: Sequence[Sequence[Any]]) -> Run:
         """A run that holds the weights for one step."""
         stages = [
             StageState(

@@ -49,8 +49,8 @@ class RunPass:
         replica: where it runs.
         microbatch: for which microbatch.
         program: what is called.
-        reads: what is read of consts, mutable state, batch and key.
-        kept_reads: what the stash keeps of these; None for the very same, or for nothing.
+        reads: what is read of consts, mutable state, batch and key; None for nothing.
+        kept_reads: what the stash keeps of these; the very same object if it is the same.
         keeps: whether the stash keeps anything.
         consts: the closed-over arrays that the stage reads.
         state: the leaves of the mutable state that the stage reads.
@@ -71,7 +71,7 @@ class RunPass:
     replica: int
     microbatch: int
     program: Callable[..., Any]
-    reads: Reads
+    reads: Reads | None
     kept_reads: Reads | None
     keeps: bool
     consts: Values
@@ -392,6 +392,9 @@ class Binder:
         runner, kind, routes = bound.runner, row.kind, bound.routes
         reads = runner.fused_reads if kind in ("FB", "FBU") else runner.forward_reads
         keeps = kind == "F" and bound.update is not None
+        kept = runner.backward_reads if keeps else reads
+        if kept == reads:
+            kept = reads
         outputs = runner.fused_outputs if kind in ("FB", "FBU") else runner.forward_outputs
         forward = kind[0] == "F"
         return RunPass(
@@ -399,8 +402,8 @@ class Binder:
             replica=replica,
             microbatch=row.microbatch,
             program=_program(runner, kind),
-            reads=reads,
-            kept_reads=_if_other(runner.backward_reads, reads) if keeps else None,
+            reads=_if_any(reads),
+            kept_reads=_if_any(kept),
             keeps=keeps,
             consts=bound.consts,
             state=bound.state,
@@ -577,5 +580,5 @@ def _program(runner: Any, kind: ProgramKind) -> Callable[..., Any]:
     return getattr(runner, {"F": "forward", "B": "backward", "FB": "fused", "FBU": "whole"}[kind])
 
 
-def _if_other(kept: Reads, reads: Reads) -> Reads | None:
-    return None if kept == reads else kept
+def _if_any(reads: Reads) -> Reads | None:
+    return reads if any(reads) else None

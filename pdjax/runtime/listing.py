@@ -77,7 +77,7 @@ def _line(instruction: Instruction, replica: int, listing: Listing) -> str:
 def _run(op: RunPass) -> str:
     names = ("consts", "state", "batch", "key")
     reads = ["weights"] if op.kind[0] == "F" else []
-    if op.kind[0] == "F":
+    if op.kind[0] == "F" and op.reads is not None:
         reads += [name for name, is_read in zip(names, op.reads, strict=True) if is_read]
     parts = [f"reads {', '.join(reads)}"] if reads else []
     if op.stash_bytes:
@@ -94,6 +94,8 @@ def _run(op: RunPass) -> str:
 def _send(op: Send, replica: int) -> str:
     what = f"{op.content} {op.microbatch}"
     size = f"{', '.join(map(_shape, op.shapes))}, {op.num_bytes} B"
+    if op.source == op.target:
+        return f"KEEP    {what}" if replica == op.source else ""
     lines = []
     if replica == op.source and op.sends:
         lines.append(f"SEND    {what} to {op.target}: {size}")

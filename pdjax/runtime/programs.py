@@ -84,9 +84,7 @@ class Passes:
         programs = differentiate(split, remat)
         self.stages = tuple(
             StageRunner(programs[stage], placement, update)
-            for stage, placement, update in zip(
-                replicas.stage_of, placements, updates, strict=True
-            )
+            for stage, placement, update in zip(replicas.stage_of, placements, updates, strict=True)
         )
         self.routes = find_routes(split, programs)
         divided = {action.stage for action in schedule.actions if action.kind == "I"}

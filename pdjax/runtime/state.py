@@ -1,8 +1,8 @@
 """What a run of a pipeline holds between programs, in three parts for each replica.
 
-    lasting    weights, optimizer state, mutable state: all that a checkpoint would need
-    in flight  what waits for actions to come: activations, stash, cotangents, gradients
-    counters   how much was done and held; nothing is computed from them
+lasting    weights, optimizer state, mutable state: all that a checkpoint would need
+in flight  what waits for actions to come: activations, stash, cotangents, gradients
+counters   how much was done and held; nothing is computed from them
 """
 
 from __future__ import annotations
@@ -10,12 +10,32 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from pdjax.runtime.inputs import Given
-from pdjax.runtime.programs import Passes
+from pdjax.runtime.instructions import Listing
+from pdjax.runtime.metrics import Results
 from pdjax.schedules.lower import ProgramKind
+from pdjax.split.stages import StageSplit
 from pdjax.trace.jit import Values
+
+
+class Programs(Protocol):
+    """All that is compiled for batches of one shape, for training or for evaluation.
+
+    Attributes:
+        split: the loss function, cut into stages.
+        listing: what this process does with every minibatch.
+        results: puts a minibatch's loss and metrics together.
+    """
+
+    split: StageSplit
+    results: Results
+
+    @property
+    def listing(self) -> Listing:
+        """See above."""
+        ...
 
 
 class Kept(NamedTuple):
@@ -202,8 +222,8 @@ class Run:
     worker_of: tuple[int, ...]
     num_microbatches_seen: int = 0
     start: int = 0
-    passes: Passes | None = None
-    passes_of: dict[int, Passes] = field(default_factory=dict)
+    passes: Programs | None = None
+    passes_of: dict[int, Programs] = field(default_factory=dict)
     divisors: dict[int, Any] = field(default_factory=dict)
     sent_bytes: Counter[tuple[int, int]] = field(default_factory=Counter)
 
@@ -218,7 +238,7 @@ class Feed:
         keys: for each replica the base key.
     """
 
-    passes: Passes
+    passes: Programs
     batch: Sequence[Sequence[Any]]
     keys: Sequence[Any]
 
@@ -236,7 +256,8 @@ class Step:
         returns: likewise: cotangents for earlier stages.
         made: the results of each microbatch, as an inbox.
         results: the results of the minibatch, once they were collected.
-        done: what an observer is to be told of: kind, replica, microbatch, and the arrays made.
+        done: what an observer is to be told of: kind, replica, microbatch, and the arrays made;
+            None if there is no observer.
     """
 
     run: Run
@@ -247,4 +268,4 @@ class Step:
     returns: Values = ()
     made: dict[int, Any] = field(default_factory=dict)
     results: tuple[Any, Any, Values] | None = None
-    done: list[tuple[ProgramKind, int, int, Any]] = field(default_factory=list)
+    done: list[tuple[ProgramKind, int, int, Any]] | None = None

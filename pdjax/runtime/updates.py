@@ -16,7 +16,6 @@ from pdjax.runtime.instructions import (
     UpdateWeights,
 )
 from pdjax.runtime.state import StageState, Step
-from pdjax.schedules import Schedule
 from pdjax.trace.jit import Values, total
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ class Updates:
 
     Args:
         executor: the executor.
-        schedule: its schedule.
+        num_microbatches: microbatches in a minibatch.
         delay: how many updates behind forward passes are; None if they read the newest weights.
         counts: for each replica what the sum of so many gradients is divided by, as arrays there.
         average_state: averages the new values of a stage's mutable state over the microbatches of
@@ -38,13 +37,13 @@ class Updates:
     def __init__(
         self,
         executor: Executor,
-        schedule: Schedule,
+        num_microbatches: int,
         delay: int | None,
         counts: Sequence[dict[int, Any]],
         average_state: Callable[[Sequence[Values]], Values] | None,
     ) -> None:
         self._executor = executor
-        self._num_microbatches = schedule.num_microbatches
+        self._num_microbatches = num_microbatches
         self._delay = delay
         self._counts = counts
         self._average_state = average_state
@@ -131,7 +130,7 @@ class Updates:
         in_flight.packs.clear()
         lasting.version += 1
         state.counters.performed["U"] += 1
-        if self._executor.observer is not None:
+        if step.done is not None:
             step.done.append(("U", op.replica, microbatch, lasting.weights))
 
     def _divisor(self, op: UpdateWeights | PrepareUpdate, step: Step, microbatch: int) -> Any:

@@ -1,4 +1,4 @@
-"""The all-reduces among the replicas of a stage: one for each round, before its updates.
+"""The all-reduces among the replicas of a stage: one for each round of the lowered schedule.
 
 Nothing here imports JAX.
 """
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pdjax.schedules.columns import B, Columns, U, W
+from pdjax.schedules.columns import Columns
+from pdjax.schedules.lower import rounds_of
 from pdjax.simulate.messages import Messages
 from pdjax.simulate.network import route
 from pdjax.simulate.stage_cost import StageCost
@@ -70,9 +71,17 @@ def reduces_of(
         if len(mine) > 1:
             num_bytes = 2 * (len(mine) - 1) / len(mine) * costs[stage].gradient_bytes
             seconds = num_bytes / _slowest(workers[list(mine)], topology)
-            gradients, updates, microbatch = _rounds(columns, stage)
+            rounds = rounds_of(columns, stage)
             found.append(
-                Reduces(stage, tuple(mine), microbatch, seconds, num_bytes, gradients, updates)
+                Reduces(
+                    stage,
+                    tuple(mine),
+                    rounds.microbatch,
+                    seconds,
+                    num_bytes,
+                    rounds.gradients,
+                    rounds.updates,
+                )
             )
     return found
 
@@ -81,17 +90,3 @@ def _slowest(ring: np.ndarray, topology: Topology | None) -> float:
     if topology is None:
         return np.inf
     return float(route(topology, ring, np.roll(ring, -1)).bytes_per_s.min())
-
-
-def _rounds(columns: Columns, stage: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The gradients and the updates of each round of a stage, and its last microbatch."""
-    mine = columns.stage == stage
-    updates = np.flatnonzero(mine & (columns.kind == U))
-    gradients = np.flatnonzero(mine & np.isin(columns.kind, (B, W)))
-    microbatch, round_ = np.unique(columns.microbatch[updates], return_inverse=True)
-    last = np.full((columns.num_workers, len(microbatch)), -1)
-    of = np.searchsorted(microbatch, columns.microbatch[gradients])
-    np.maximum.at(last, (columns.worker[gradients], of), gradients)
-    # in the last round of a run a replica may have no gradient at all
-    worker, some = np.nonzero(last >= 0)
-    return np.stack([last[worker, some], some]), np.stack([round_, updates]), microbatch

@@ -1,4 +1,4 @@
-"""What workers hold after each of their actions: a count, without any times.
+"""What workers hold after each action: counted from the lowered schedule, without any times.
 
 Nothing here imports JAX.
 """
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pdjax.schedules import Schedule
-from pdjax.schedules.columns import B, Columns, F, I
+from pdjax.schedules.columns import Columns
+from pdjax.schedules.lower import stash_changes
 from pdjax.schedules.versions import delay_of, version_changes
 from pdjax.schedules.weight_rule import LATEST, WeightRule
 from pdjax.simulate.stage_cost import StageCost, check_costs
@@ -76,12 +77,8 @@ def holding_of(
         costs: of each stage.
         rule: which versions of the weights are needed.
     """
-    stash = np.array([_whole(cost.stash_bytes) for cost in costs])
-    held = np.array([_whole(cost.held_bytes) for cost in costs])
     params = np.array([_whole(cost.param_bytes) for cost in costs])
-    kinds = np.stack([stash, -stash, held - stash, -held, np.zeros_like(stash)])
-    activations = kinds[columns.kind, columns.stage]
-    activations[_never_needed(columns, len(costs))] = 0
+    activations = stash_changes(columns, costs)
     delay = delay_of(rule, schedule)
     alive = version_changes(columns, rule, schedule.num_microbatches, delay)
     weights = alive * params[columns.stage]
@@ -101,15 +98,6 @@ def _running(steps: np.ndarray, columns: Columns) -> np.ndarray:
     sums = np.cumsum(steps)
     before = np.concatenate([[0], sums])[columns.starts[:-1]]
     return sums - before[columns.worker]
-
-
-def _never_needed(columns: Columns, num_stages: int) -> np.ndarray:
-    """The forward passes that no backward pass follows, and that need keep nothing."""
-    span = columns.microbatch.max(initial=-1) + 1
-    slot = columns.stage * span + columns.microbatch
-    back = np.zeros(num_stages * span, bool)
-    back[slot[(columns.kind == B) | (columns.kind == I)]] = True
-    return np.flatnonzero((columns.kind == F) & ~back[slot])
 
 
 def _whole(size: float) -> int:

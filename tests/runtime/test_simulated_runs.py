@@ -98,7 +98,9 @@ def test_the_bytes_that_are_counted_are_those_of_the_arrays(name, remat):
         worker = pipe.schedule.worker_of(stage)
         held = [current.stages[s] for s in pipe.schedule.stages_of(worker)]
         stash = [x for each in held for kept in each.in_flight.stash.values() for x in kept.values]
-        stash += [x for each in held for kept in each.in_flight.pending.values() for x in kept.values]
+        stash += [
+            x for each in held for kept in each.in_flight.pending.values() for x in kept.values
+        ]
         assert sum(x.nbytes for x in stash) == current.workers[worker].stash_bytes
         most[worker] = max(most[worker], current.workers[worker].stash_bytes)
         versions = 0
