@@ -38,8 +38,8 @@ def find_reduce(
 class AllReduce:
     """Sums arrays over the devices of a stage's replicas; each of them gets all of the sum.
 
-    It is a program of its own, so that a pass that waits for a cotangent does not wait for the network. For
-    GPUs and TPUs, whose collectives keep no thread waiting.
+    It is a program of its own, so that a pass that waits for a cotangent does not wait for the
+    network. For GPUs and TPUs, whose collectives keep no thread waiting.
 
     Args:
         placements: where the replicas are, one device each.

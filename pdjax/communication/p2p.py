@@ -68,8 +68,9 @@ def find_backend(endpoints: Sequence[Endpoint], peers: Peers, run: int) -> Backe
         run: a number that no other backend of these processes has.
 
     Raises:
-        ValueError: if there are more endpoints than can be told apart; if PDJAX_TRANSPORT is set to what
-            is not there, to what the devices do not support, or not to the same in all processes.
+        ValueError: if there are more endpoints than can be told apart; if PDJAX_TRANSPORT is set to
+            what is not there, to what the devices do not support, or not to the same in all
+            processes.
     """
     if len(endpoints) > 2**_ENDPOINT_BITS:
         raise ValueError(
@@ -210,7 +211,7 @@ class TransferBackend:
         return self._connections[process].pull(self._name(tag), wanted)
 
     def _name(self, tag: Tag) -> int:
-        """A number that nothing else between two endpoints has: run, both, and number in 63 bits."""
+        """A number of its own for each tag: run, both endpoints and number in 63 bits."""
         name = self._run
         for endpoint in (tag.source, tag.target):
             name = name << _ENDPOINT_BITS | endpoint

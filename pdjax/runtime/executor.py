@@ -24,7 +24,6 @@ from pdjax.runtime.updates import Updates
 from pdjax.schedules import Schedule
 from pdjax.schedules.lower import ProgramKind
 from pdjax.schedules.phases import reach
-from pdjax.schedules.versions import delay_of
 from pdjax.schedules.weight_rule import WeightRule
 from pdjax.trace.jit import Values
 
@@ -57,9 +56,9 @@ class Executor:
         self.transport = transport
         self._reach = reach(schedule) * schedule.num_microbatches
         self.stashes = rule.backward == "stashed"
-        delay, size = delay_of(rule, schedule), schedule.num_microbatches
-        updates = Updates(self, size, delay, counts, average_state)
-        passes = PassRunner(size, delay, self.stashes, updates)
+        size = schedule.num_microbatches
+        updates = Updates(self, size, counts, average_state)
+        passes = PassRunner(size, updates)
         # On a CPU XLA runs what one thread dispatches in order: what waits for another process
         # would hold up the passes behind it.
         is_alone = all(transport.is_local)

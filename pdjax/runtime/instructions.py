@@ -65,6 +65,9 @@ class RunPass:
         begins: whether its gradient is the first one of the sum.
         stash_bytes: by how much it changes the stash.
         frees: whether a FREE follows, with which the most that is held is counted.
+        delay: by how many updates the weights that it reads are behind; None for the newest.
+        pins: whether the stash keeps these weights.
+        donates: what the program reuses the memory of.
     """
 
     kind: ProgramKind
@@ -87,9 +90,13 @@ class RunPass:
     begins: bool
     stash_bytes: int
     frees: bool
+    delay: int | None
+    pins: bool
+    donates: tuple[str, ...]
 
     @property
     def op(self) -> str:
+        """The kind, by which the executor finds the method."""
         return self.kind
 
 
@@ -231,6 +238,7 @@ class UpdateWeights:
         updates_per_cycle: how many updates the replica makes in a cycle.
         size: how many microbatches an update applies.
         frees: whether a FREE follows.
+        keeps: whether forward passes to come may read the old weights.
     """
 
     replica: int
@@ -240,6 +248,7 @@ class UpdateWeights:
     updates_per_cycle: int
     size: int
     frees: bool
+    keeps: bool
     op: ClassVar[str] = "UPDATE"
 
 
@@ -361,10 +370,10 @@ class Binder:
 
     def listing(self) -> Listing:
         """The instructions of this process."""
-        phases = tuple(tuple(filter(None, self.blocks(rows))) for rows in self.rows)
+        phases = tuple(tuple(filter(None, self._blocks(rows))) for rows in self.rows)
         return Listing(phases, self.replicas, self.is_local)
 
-    def blocks(self, rows: Sequence[LoweredAction]) -> Iterator[Block | None]:
+    def _blocks(self, rows: Sequence[LoweredAction]) -> Iterator[Block | None]:
         """The blocks of a step, None where this process has nothing to do."""
         collected = False
         for row in rows:
@@ -372,22 +381,22 @@ class Binder:
             if row.kind == "U" and self.weighted and row.microbatch >= 0 and not collected:
                 collected = True
                 yield Block(0, 1, False, (Collect(),))
-            yield self.update_block(row) if row.kind == "U" else self.pass_block(row)
+            yield self._update_block(row) if row.kind == "U" else self._pass_block(row)
         if not collected:
             yield Block(0, 1, False, (Collect(),))
 
     # -------- passes
 
-    def pass_block(self, row: LoweredAction) -> Block | None:
+    def _pass_block(self, row: LoweredAction) -> Block | None:
         replica = self.replicas.on_worker(row.worker, row.stage)
         found: list[Instruction] = []
         if self.is_local[replica]:
-            found.append(self.run_pass(row, replica))
-            found += self.after_pass(row, replica)
-        found += filter(None, self.sends(row, replica))
+            found.append(self._run_pass(row, replica))
+            found += self._after_pass(row, replica)
+        found += filter(None, self._sends(row, replica))
         return Block(row.microbatch, 1, False, tuple(found)) if found else None
 
-    def run_pass(self, row: LoweredAction, replica: int) -> RunPass:
+    def _run_pass(self, row: LoweredAction, replica: int) -> RunPass:
         bound = self.bindings[replica]
         runner, kind, routes = bound.runner, row.kind, bound.routes
         reads = runner.fused_reads if kind in ("FB", "FBU") else runner.forward_reads
@@ -418,18 +427,21 @@ class Binder:
             begins=row.begins,
             stash_bytes=row.stash_bytes,
             frees=row.frees,
+            delay=row.delay,
+            pins=row.pins,
+            donates=_donated(row, bound.update),
         )
 
-    def after_pass(self, row: LoweredAction, replica: int) -> Iterator[Instruction]:
+    def _after_pass(self, row: LoweredAction, replica: int) -> Iterator[Instruction]:
         if row.frees:
             yield Free(replica, row.microbatch)
-        ring = self.ring_of(row.stage)
+        ring = self._ring_of(row.stage)
         if ring is not None and row.completes:
             size = self.bindings[replica].update_size
             number = replica - self.replicas.of_stage(row.stage)[0]
             yield Split(replica, row.microbatch, number, ring, row.update, self.cycle // size)
 
-    def sends(self, row: LoweredAction, replica: int) -> Iterator[Send | None]:
+    def _sends(self, row: LoweredAction, replica: int) -> Iterator[Send | None]:
         """What goes out of a pass, in the order in which all processes send and receive it."""
         runner, routes = self.bindings[replica].runner, self.bindings[replica].routes
         if row.kind[0] == "F":
@@ -437,20 +449,20 @@ class Binder:
             for to in row.sends:
                 route = routes.forward[to.stage]
                 picked = [outputs.sends[position] for position in route.sources]
-                slots = self.routes_of(to).num_activations
-                yield self.send("activations", row, replica, self.at(to), route, picked, slots)
+                slots = self._routes_of(to).num_activations
+                yield self._send("activations", row, replica, self._at(to), route, picked, slots)
             if routes.results.slots:
                 collector = len(self.replicas) - 1
                 picked = [outputs.results[position] for position in routes.results.sources]
-                yield self.send(
+                yield self._send(
                     "results", row, replica, collector, routes.results, picked, self.num_results
                 )
         for to in row.returns:
             route = routes.backward[to.stage]
-            slots = sum(self.routes_of(to).cotangents)
-            yield self.send("cotangents", row, replica, self.at(to), route, route.sources, slots)
+            slots = sum(self._routes_of(to).cotangents)
+            yield self._send("cotangents", row, replica, self._at(to), route, route.sources, slots)
 
-    def send(
+    def _send(
         self,
         content: Content,
         row: LoweredAction,
@@ -478,38 +490,38 @@ class Binder:
             receives,
         )
 
-    def at(self, to: Destination) -> int:
+    def _at(self, to: Destination) -> int:
         return self.replicas.on_worker(to.worker, to.stage)
 
-    def routes_of(self, to: Destination) -> Routes:
-        return self.bindings[self.at(to)].routes
+    def _routes_of(self, to: Destination) -> Routes:
+        return self.bindings[self._at(to)].routes
 
     # -------- updates
 
-    def update_block(self, row: LoweredAction) -> Block | None:
+    def _update_block(self, row: LoweredAction) -> Block | None:
         replica = self.replicas.on_worker(row.worker, row.stage)
         found: list[Instruction] = []
         if row.reduces and row.stage in self.reduces:
             for other in self.replicas.of_stage(row.stage):
-                found += self.averages(row, other)
-            found.append(self.reduce(row))
+                found += self._averages(row, other)
+            found.append(self._reduce(row))
         elif len(self.replicas.of_stage(row.stage)) == 1:
-            found += self.averages(row, replica)
+            found += self._averages(row, replica)
         if self.last_update is None:
-            found += self.update_weights(row, replica)
+            found += self._update_weights(row, replica)
         elif row is self.last_update:
-            found += self.updates_together(row)
+            found += self._updates_together(row)
         if not found:
             return None
-        size, waits = self.bindings[replica].update_size, self.ring_of(row.stage) is not None
+        size, waits = self.bindings[replica].update_size, self._ring_of(row.stage) is not None
         return Block(row.microbatch, size, waits, tuple(found))
 
-    def averages(self, row: LoweredAction, replica: int) -> Iterator[Average]:
+    def _averages(self, row: LoweredAction, replica: int) -> Iterator[Average]:
         bound = self.bindings[replica]
         if bound.averages and bound.updates and self.is_local[replica]:
             yield Average(replica, row.microbatch, bound.updates)
 
-    def reduce(self, row: LoweredAction) -> ReduceGradients:
+    def _reduce(self, row: LoweredAction) -> ReduceGradients:
         replicas = self.replicas.of_stage(row.stage)
         local = tuple(self.is_local[at] for at in replicas)
         per_cycle = self.cycle // self.bindings[replicas[0]].update_size
@@ -518,7 +530,7 @@ class Binder:
             replicas, local, row.microbatch, gradients, model, row.update, per_cycle
         )
 
-    def update_weights(self, row: LoweredAction, replica: int) -> Iterator[Instruction]:
+    def _update_weights(self, row: LoweredAction, replica: int) -> Iterator[Instruction]:
         if not self.is_local[replica]:
             return
         bound = self.bindings[replica]
@@ -526,20 +538,27 @@ class Binder:
         size = bound.update_size
         per_cycle = self.cycle // size
         yield UpdateWeights(
-            replica, row.microbatch, bound.update, row.update, per_cycle, size, row.frees
+            replica,
+            row.microbatch,
+            bound.update,
+            row.update,
+            per_cycle,
+            size,
+            row.frees,
+            row.delay is not None,
         )
         if row.frees:
             yield Free(replica, row.microbatch)
 
-    def updates_together(self, row: LoweredAction) -> Iterator[Instruction]:
+    def _updates_together(self, row: LoweredAction) -> Iterator[Instruction]:
         """The updates of all stages, where these exchange values between the phases."""
         for phase in range(self.num_phases - 1):
             for stage in range(len(self.replicas.num_replicas)):
-                yield from self.prepare(row, phase, stage)
+                yield from self._prepare(row, phase, stage)
         for replica in range(len(self.replicas)):
-            yield from self.update_weights(row, replica)
+            yield from self._update_weights(row, replica)
 
-    def prepare(self, row: LoweredAction, phase: int, stage: int) -> Iterator[PrepareUpdate]:
+    def _prepare(self, row: LoweredAction, phase: int, stage: int) -> Iterator[PrepareUpdate]:
         replica = self.replicas.of_stage(stage)[0]
         bound, local = self.bindings[replica], self.is_local[replica]
         assert bound.update is not None, "there is an update"
@@ -567,7 +586,7 @@ class Binder:
                 size,
             )
 
-    def ring_of(self, stage: int) -> RingReduce | None:
+    def _ring_of(self, stage: int) -> RingReduce | None:
         """What sums the gradients of a stage's replicas, if it is made of transfers."""
         reduce = self.reduces[stage][0] if stage in self.reduces else None
         return reduce if isinstance(reduce, RingReduce) else None
@@ -582,3 +601,11 @@ def _program(runner: Any, kind: ProgramKind) -> Callable[..., Any]:
 
 def _if_any(reads: Reads) -> Reads | None:
     return reads if any(reads) else None
+
+
+def _donated(row: LoweredAction, update: UpdateRunner | None) -> tuple[str, ...]:
+    """What a program of a pass reuses the memory of."""
+    if row.kind == "FBU":
+        weights = ("weights",) if update is not None and update.donates_weights else ()
+        return (*weights, "optimizer state")
+    return () if row.kind == "F" or row.begins else ("gradients",)

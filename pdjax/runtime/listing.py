@@ -20,8 +20,6 @@ from pdjax.runtime.instructions import (
     UpdateWeights,
 )
 
-_DONATES = {"B": "gradients", "I": "gradients", "W": "gradients", "FB": "gradients"}
-
 
 def to_text(listing: Listing) -> str:
     """A paragraph for each replica of this process, one after the other."""
@@ -76,16 +74,19 @@ def _line(instruction: Instruction, replica: int, listing: Listing) -> str:
 
 def _run(op: RunPass) -> str:
     names = ("consts", "state", "batch", "key")
-    reads = ["weights"] if op.kind[0] == "F" else []
+    behind = "" if op.delay is None else f" {op.delay} update{'s' * (op.delay != 1)} behind"
+    reads = [f"weights{behind}"] if op.kind[0] == "F" else []
     if op.kind[0] == "F" and op.reads is not None:
         reads += [name for name, is_read in zip(names, op.reads, strict=True) if is_read]
     parts = [f"reads {', '.join(reads)}"] if reads else []
     if op.stash_bytes:
         parts.append(f"stash {op.stash_bytes:+} B")
-    if op.kind in _DONATES:
-        parts.append(f"update {op.update}{', begins' if op.begins else ', donates gradients'}")
-    if op.kind == "FBU":
-        parts.append("donates optimizer state")
+    if op.keeps and op.pins:
+        parts.append("pins weights")
+    if op.kind != "F":
+        parts.append(f"update {op.update}{' begins' if op.begins else ''}")
+    if op.donates:
+        parts.append(f"donates {', '.join(op.donates)}")
     if op.pick_state is not None:
         parts.append(f"writes mutable state {list(op.updates)}")
     return f"RUN     {op.kind} {op.microbatch}: {'; '.join(parts)}"

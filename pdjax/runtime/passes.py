@@ -1,9 +1,9 @@
 """How the executor runs the passes of stages: F, B, I, W, FB and FBU.
 
-    F   reads the weights, puts into the stash what the backward pass needs
-    B   takes it out of the stash, adds to the stage's gradients
-    I   takes it out of the stash, holds what W needs
-    W   adds to the stage's gradients
+F   reads the weights, puts into the stash what the backward pass needs
+B   takes it out of the stash, adds to the stage's gradients
+I   takes it out of the stash, holds what W needs
+W   adds to the stage's gradients
 """
 
 from __future__ import annotations
@@ -28,17 +28,11 @@ class PassRunner:
 
     Args:
         num_microbatches: microbatches in a minibatch.
-        delay: how many updates behind forward passes are; None if they read the newest weights.
-        stashes: whether a backward pass reads the weights of its forward pass.
         updates: averages the mutable state.
     """
 
-    def __init__(
-        self, num_microbatches: int, delay: int | None, stashes: bool, updates: Updates
-    ) -> None:
+    def __init__(self, num_microbatches: int, updates: Updates) -> None:
         self._num_microbatches = num_microbatches
-        self._delay = delay
-        self._stashes = stashes
         self._updates = updates
         self.handlers: dict[str, Callable[[Any, Step, int], None]] = {
             "F": self._forward,
@@ -52,14 +46,14 @@ class PassRunner:
     def _forward(self, op: RunPass, step: Step, microbatch: int) -> None:
         state = step.run.stages[op.replica]
         given = self._given(op, op.reads, step, microbatch)
-        version, weights = self._weights(state, step.run, microbatch)
+        version, weights = self._weights(op, state, step.run, microbatch)
         outputs = op.program(weights, given, self._received(op, state, microbatch))
         step.outputs = outputs
         if op.keeps:
             in_flight, counters = state.in_flight, state.counters
             if op.kept_reads is not op.reads:
                 given = self._given(op, op.kept_reads, step, microbatch)
-            pinned = weights if self._stashes else None
+            pinned = weights if op.pins else None
             in_flight.stash[microbatch] = Kept(version, pinned, given, op.pick_saved(outputs))
             if len(in_flight.stash) > counters.peak_in_flight:
                 counters.peak_in_flight = len(in_flight.stash)
@@ -114,7 +108,7 @@ class PassRunner:
         state = step.run.stages[op.replica]
         gradients = state.in_flight.gradients
         given = self._given(op, op.reads, step, microbatch)
-        _, weights = self._weights(state, step.run, microbatch)
+        _, weights = self._weights(op, state, step.run, microbatch)
         update = step.cycle * op.updates_per_cycle + op.update
         received = self._received(op, state, microbatch)
         made = op.program(weights, given, received, gradients.pop(update, None))
@@ -155,14 +149,16 @@ class PassRunner:
         if step.done is not None:
             step.done.append((op.kind, op.replica, microbatch, made))
 
-    def _weights(self, state: StageState, run: Run, microbatch: int) -> tuple[int, Values]:
+    def _weights(
+        self, op: RunPass, state: StageState, run: Run, microbatch: int
+    ) -> tuple[int, Values]:
         """The version that a forward pass reads, and its weights."""
         lasting, in_flight = state.lasting, state.in_flight
-        if self._delay is None:
+        if op.delay is None:
             return lasting.version, lasting.weights
         version, following = (
             in_flight.version_at_drain
-            + max(0, (number - run.start) // self._num_microbatches - self._delay)
+            + max(0, (number - run.start) // self._num_microbatches - op.delay)
             for number in (microbatch, microbatch + 1)
         )
         in_flight.oldest_read = following  # there are no replicas

@@ -28,7 +28,6 @@ class Updates:
     Args:
         executor: the executor.
         num_microbatches: microbatches in a minibatch.
-        delay: how many updates behind forward passes are; None if they read the newest weights.
         counts: for each replica what the sum of so many gradients is divided by, as arrays there.
         average_state: averages the new values of a stage's mutable state over the microbatches of
             a minibatch.
@@ -38,13 +37,11 @@ class Updates:
         self,
         executor: Executor,
         num_microbatches: int,
-        delay: int | None,
         counts: Sequence[dict[int, Any]],
         average_state: Callable[[Sequence[Values]], Values] | None,
     ) -> None:
         self._executor = executor
         self._num_microbatches = num_microbatches
-        self._delay = delay
         self._counts = counts
         self._average_state = average_state
         self.handlers: dict[str, Callable[[Any, Step, int], None]] = {
@@ -118,7 +115,7 @@ class Updates:
         state = step.run.stages[op.replica]
         lasting, in_flight = state.lasting, state.in_flight
         update = step.cycle * op.updates_per_cycle + op.update
-        if self._delay is not None:
+        if op.keeps:
             in_flight.old_versions[lasting.version] = lasting.weights
         lasting.weights, lasting.optimizer = op.runner.phases[-1](
             lasting.weights,

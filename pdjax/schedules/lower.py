@@ -31,6 +31,7 @@ import numpy as np
 from pdjax.schedules.columns import KINDS, B, Columns, F, I, U, W
 from pdjax.schedules.phases import dispatch_phases
 from pdjax.schedules.schedule import Action, Schedule
+from pdjax.schedules.versions import delay_of
 from pdjax.schedules.weight_rule import WeightRule
 
 ProgramKind = Literal["F", "B", "I", "W", "FB", "U", "FBU"]
@@ -56,13 +57,24 @@ class Interface(Protocol):
     """
 
     @property
-    def sends(self) -> StagePairs: ...
+    def sends(self) -> StagePairs:
+        """The activations that go to later stages."""
+        ...
+
     @property
-    def returns(self) -> StagePairs: ...
+    def returns(self) -> StagePairs:
+        """The cotangents that go to earlier stages."""
+        ...
+
     @property
-    def stash_bytes(self) -> float: ...
+    def stash_bytes(self) -> float:
+        """Bytes that wait for the backward pass or its input part."""
+        ...
+
     @property
-    def held_bytes(self) -> float: ...
+    def held_bytes(self) -> float:
+        """Bytes that wait for the weight part."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -224,6 +236,9 @@ class LoweredAction(NamedTuple):
         completes: whether it is the last one.
         reduces: of an update, whether it is the first one of the stage's replicas in its round.
         frees: whether a version of the weights may not be needed after it.
+        delay: by how many updates the weights that a forward pass reads are behind: minibatch t,
+            counted from the last drain, reads version ``max(0, t - delay)``; None for the newest.
+        pins: whether the stash keeps these weights for the backward pass.
     """
 
     kind: ProgramKind
@@ -238,6 +253,8 @@ class LoweredAction(NamedTuple):
     completes: bool = False
     reduces: bool = False
     frees: bool = False
+    delay: int | None = None
+    pins: bool = False
 
 
 Phases = tuple[tuple[LoweredAction, ...], ...]
@@ -325,6 +342,7 @@ class _CycleLowering:
     ) -> None:
         self.schedule, self.rule = schedule, rule
         self.interfaces, self.fusions = interfaces, fusions
+        self.delay = delay_of(rule, schedule)
         # 1. Enough cycles that one of them has neither a beginning nor an end in reach.
         num_cycles = 1 if schedule.flushes else 2 * schedule.lag + 3
         self.first = 0 if schedule.flushes else (schedule.lag + 1) * schedule.cycle
@@ -371,6 +389,8 @@ class _CycleLowering:
             any(bool(self.begins[at]) for at in positions),
             any(bool(self.completes[at]) for at in positions),
             frees=self.frees(kinds),
+            delay=self.delay,
+            pins=self.rule.backward == "stashed",
         )
 
     def position(self, kind: str, worker: int, stage: int, microbatch: int) -> int:
