@@ -443,7 +443,7 @@ class Pipeline:
         It is counted always, and waits for nothing; each process counts what it does itself.
         """
         prepared, run = self._training_of(state).prepared, state.run
-        return count(run.passes or prepared.passes, run)
+        return count(run.passes or prepared.passes, run, prepared.num_recompilations)
 
     def simulate(
         self,

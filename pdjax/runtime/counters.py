@@ -82,14 +82,17 @@ class Counts:
         link_bytes: bytes that each worker sent to each other one, by (source, target).
         peak_bytes: for each worker the most that it held of its stages: versions of the weights,
             optimizer state, gradients and stash.
+        num_recompilations: how often programs for a batch shape were compiled again, as there were
+            too many shapes to keep those of all.
     """
 
     actions: tuple[dict[str, int], ...]
     link_bytes: dict[tuple[int, int], int]
     peak_bytes: tuple[int, ...]
+    num_recompilations: int = 0
 
 
-def count(passes: Programs, run: Run) -> Counts:
+def count(passes: Programs, run: Run, num_recompilations: int = 0) -> Counts:
     """What `run` counted so far; gradients are those of the last minibatch's programs."""
     assert isinstance(passes, Passes), "programs of a training"
     replicas = passes.replicas
@@ -109,7 +112,7 @@ def count(passes: Programs, run: Run) -> Counts:
         fixed = sum(_bytes(run.stages[at].lasting.optimizer) for at in held)
         fixed += sum(gradient_bytes(passes, run, at) for at in held)
         peaks.append(fixed + tally.peak_bytes)
-    return Counts(tuple(actions), dict(sorted(links.items())), tuple(peaks))
+    return Counts(tuple(actions), dict(sorted(links.items())), tuple(peaks), num_recompilations)
 
 
 def _bytes(leaves: Values) -> int:

@@ -9,8 +9,9 @@ import jax
 import optax
 from jax.sharding import Sharding
 
-from pdjax.runtime.state import LastingState
-from pdjax.split.optimizer import StageUpdate, init_program
+from pdjax.runtime.replica_map import ReplicaMap
+from pdjax.runtime.state import LastingState, Run, StageState, WorkerTally
+from pdjax.split.optimizer import StageUpdate, UpdateSplit, init_program
 from pdjax.trace import inline, jaxprs
 from pdjax.trace.inline import FlatProgram
 from pdjax.trace.jit import Values, placed
@@ -59,6 +60,37 @@ class Starter:
         read = zip(others, self._params.take(others, placement), strict=True)
         values |= {init.invars[i]: leaf for i, leaf in read}
         return _run(program, values, placement)
+
+
+def start_run(
+    starter: Starter,
+    update: UpdateSplit,
+    state_homes: Sequence[Sequence[int]],
+    replicas: ReplicaMap,
+    placements: Sequence[Sharding | None],
+    num_workers: int,
+) -> Run:
+    """What all replicas hold before the first step.
+
+    Args:
+        starter: makes what one replica holds.
+        update: the optimizer, cut into stages.
+        state_homes: for each leaf of the mutable state the stages that hold it.
+        replicas: where the stages are.
+        placements: for each replica its devices; None for one in another process.
+        num_workers: number of workers.
+    """
+    stages = []
+    for stage, placement in zip(replicas.stage_of, placements, strict=True):
+        state = [i for i, homes in enumerate(state_homes) if stage in homes]
+        made = LastingState((), (), {})
+        if placement is not None:
+            made = starter.start(update.stages[stage], state, placement)
+        stages.append(StageState(made))
+    workers = [0] * num_workers
+    for held, worker in zip(stages, replicas.worker_of, strict=True):
+        workers[worker] += held.lasting.weight_bytes
+    return Run(stages, list(map(WorkerTally, workers)), replicas.worker_of)
 
 
 class _Source(Protocol):

@@ -50,6 +50,8 @@ def _line(instruction: Instruction, replica: int, listing: Listing) -> str:
     match instruction:
         case Send():
             return _send(instruction, replica)
+        case RunPass() | UpdateWeights() | Free() | Split() | Average():
+            return _own(instruction) if instruction.replica == replica else ""
         case Collect():
             collector = len(listing.replicas) - 1
             is_ours = replica == collector or not listing.is_local[collector]
@@ -58,8 +60,10 @@ def _line(instruction: Instruction, replica: int, listing: Listing) -> str:
             return _reduce(instruction, replica)
         case PrepareUpdate():
             return _prepare(instruction, replica)
-        case _ if instruction.replica != replica:
-            return ""
+
+
+def _own(instruction: RunPass | UpdateWeights | Free | Split | Average) -> str:
+    match instruction:
         case RunPass():
             return _run(instruction)
         case UpdateWeights():
