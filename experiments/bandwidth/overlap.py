@@ -49,7 +49,7 @@ def train(lag):
     for count in (8, STEPS):
         for _ in range(count):
             state, _ = pipe.step(state, batch)
-        jax.block_until_ready([held.weights for held in state.run.stages])
+        jax.block_until_ready([held.lasting.weights for held in state.run.stages])
         marks.append(time.perf_counter())
     pipe.drain(state)
     if peers.process_id == 0:

@@ -49,7 +49,7 @@ def alone(peers, loss_fn, optimizer, init, batch):
     for count in (2, STEPS_ALONE):
         for _ in range(count):
             state, _ = pipe.step(state, batch)
-        jax.block_until_ready(state.run.stages[0].weights)
+        jax.block_until_ready(state.run.stages[0].lasting.weights)
         peers.exchange("took some steps", None)
         marks.append(time.perf_counter())
     if peers.process_id == 0:
@@ -82,7 +82,7 @@ def measure(pipe, state, batch, steps):
             state, metrics = pipe.step(state, batch)
         metrics["loss"].block_until_ready()
         if not pipe.schedule.lag:
-            jax.block_until_ready([held.weights for held in state.run.stages])
+            jax.block_until_ready([held.lasting.weights for held in state.run.stages])
         marks.append((time.perf_counter(), own_counters()))
     (start_s, before), (end_s, after) = marks
     return state, (end_s - start_s) / steps, (after - before).sent_bytes / steps

@@ -57,7 +57,7 @@ class Canned:
     """
 
     def __init__(self, placements, mine):
-        self.here = tuple(place == mine for place in range(len(placements)))
+        self.is_local = tuple(place == mine for place in range(len(placements)))
         self._device = next(iter(placements[mine].device_set))
         self._made = {}
 
@@ -68,10 +68,10 @@ class Canned:
             self._made[key] = jax.device_put(made, self._device)
         return self._made[key]
 
-    def move(self, values, shapes, source, target):
-        if self.here[source] == self.here[target]:
+    def send_recv(self, values, shapes, source, target):
+        if self.is_local[source] == self.is_local[target]:
             return values
-        return self._numbers(shapes) if self.here[target] else None
+        return self._numbers(shapes) if self.is_local[target] else None
 
     def broadcast(self, values, shapes, source):
         del source
@@ -89,7 +89,7 @@ class Stage(Pipe):
     def step(self):
         super().step()
         # The loss is the other stage's: wait for the weights in its place.
-        return _first(self.state.run.stages[self.stage].weights[0])
+        return _first(self.state.run.stages[self.stage].lasting.weights[0])
 
 
 class Single:

@@ -88,7 +88,7 @@ class Ours:
         if self.state is None:
             self.state = self.pipe.init(self.params, batch)
         self.state, metrics = self.pipe.step(self.state, batch)
-        return [stage.weights for stage in self.state.run.stages], metrics["loss"]
+        return [stage.lasting.weights for stage in self.state.run.stages], metrics["loss"]
 
 
 def spectrax_systems(params, optimizer, num_microbatches):

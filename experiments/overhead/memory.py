@@ -55,10 +55,10 @@ def counted(schedule, params, batch, num_stages, num_microbatches, steps=4):
 
     def observe(*_):
         for held, peak in zip(stages, peaks, strict=True):
-            stashed = list(held.stash.values())
+            stashed = list(held.in_flight.stash.values())
             now = {
-                "weights": count([held.weights, *[entry.weights for entry in stashed]]),
-                "optimizer": count(held.optimizer),
+                "weights": count([held.lasting.weights, *[entry.weights for entry in stashed]]),
+                "optimizer": count(held.lasting.optimizer),
                 "stash": count([(entry.given, entry.values) for entry in stashed]),
             }
             peak.update({kind: max(peak[kind], now[kind]) for kind in KINDS})

@@ -143,11 +143,11 @@ def two_at_once(width: int, size: int) -> float:
 
 def measure(point: Point, steps: int) -> None:
     """Seconds of a step, in the mean over some; whatever was in flight is waited for before."""
-    jax.block_until_ready([held.weights for held in point.state.run.stages])
+    jax.block_until_ready([held.lasting.weights for held in point.state.run.stages])
     start = time.perf_counter()
     for _ in range(steps):
         point.state, _ = point.pipe.step(point.state, point.batch)
-    jax.block_until_ready([held.weights for held in point.state.run.stages])
+    jax.block_until_ready([held.lasting.weights for held in point.state.run.stages])
     point.measured_s.append((time.perf_counter() - start) / steps)
 
 

@@ -30,7 +30,7 @@ def find_reduce(
     devices = [next(iter(placement.device_set)) for placement in replicas.placements]
     if any(device.platform != "cpu" for device in devices):
         return AllReduce(replicas.placements, shapes, mean=mean)
-    if all(replicas.here):
+    if all(replicas.is_local):
         return SumOnEach(replicas.placements, shapes, mean=mean)
     return RingReduce(replicas, shapes, mean=mean)
 
@@ -38,8 +38,8 @@ def find_reduce(
 class AllReduce:
     """Sums arrays over the devices of a stage's replicas; each of them gets all of the sum.
 
-    It is a program of its own, so that nobody who waits for a cotangent waits for the network. For
-    GPUs and TPUs, whose collectives keep no thread waiting.
+    It is a program of its own, so that a pass that waits for a cotangent does not wait for the
+    network. For GPUs and TPUs, whose collectives keep no thread waiting.
 
     Args:
         placements: where the replicas are, one device each.
@@ -55,7 +55,7 @@ class AllReduce:
         mean: bool = False,
     ) -> None:
         self._devices = [next(iter(placement.device_set)) for placement in placements]
-        self._here = [device.process_index == jax.process_index() for device in self._devices]
+        self._is_local = [device.process_index == jax.process_index() for device in self._devices]
         self._shapes = tuple(shapes)
         mesh = Mesh(np.array(self._devices), (_AXIS,))
         self._sharding = NamedSharding(mesh, PartitionSpec(_AXIS))
@@ -100,7 +100,7 @@ class AllReduce:
         )
         yield partial(self._run.lower, whole)
         before, after = (tuple(shapes[at] for at in self._odd) for shapes in (self._shapes, long))
-        for at in (at for at, here in enumerate(self._here) if here):
+        for at in (at for at, local in enumerate(self._is_local) if local):
             yield self._zeros[at].lower
             if self._odd:
                 yield partial(self._lengthen[at].lower, before)
@@ -126,18 +126,18 @@ class AllReduce:
         """
         if not self._shapes:
             return [() for _ in parts]
-        given = [self._lengthened(at, part) for at, part in enumerate(parts) if self._here[at]]
+        given = [self._lengthened(at, part) for at, part in enumerate(parts) if self._is_local[at]]
         whole = tuple(self._joined(column) for column in zip(*given, strict=True))
         sums = self._run(whole)
         found: list[list[Any]] = [[] for _ in parts]
         for array in sums:
             by_device = {shard.device: shard.data for shard in array.addressable_shards}
             for at, device in enumerate(self._devices):
-                if self._here[at]:
+                if self._is_local[at]:
                     found[at].append(by_device[device])
         return [
-            self._shortened(at, tuple(values)) if here else None
-            for at, (values, here) in enumerate(zip(found, self._here, strict=True))
+            self._shortened(at, tuple(values)) if local else None
+            for at, (values, local) in enumerate(zip(found, self._is_local, strict=True))
         ]
 
     def _lengthened(self, replica: int, part: Values | None) -> list[Any]:
@@ -242,13 +242,13 @@ class MeanOfState:
         self._mean = find_reduce(replicas, [shapes[i] for i in self._indices], mean=True)
         self.lowerings = self._mean.lowerings
 
-    def __call__(self, models: Sequence[dict[int, Any]]) -> None:
+    def __call__(self, states: Sequence[dict[int, Any]]) -> None:
         """Replaces the leaves of all replicas by their mean.
 
         Args:
-            models: for each replica its leaves, by index; empty for one of another process.
+            states: of each replica the leaves, by index; empty for one in another process.
         """
-        parts = [tuple(model[i] for i in self._indices) if model else None for model in models]
-        for model, means in zip(models, self._mean(parts), strict=True):
+        parts = [tuple(state[i] for i in self._indices) if state else None for state in states]
+        for state, means in zip(states, self._mean(parts), strict=True):
             if means is not None:
-                model.update(zip(self._indices, means, strict=True))
+                state.update(zip(self._indices, means, strict=True))

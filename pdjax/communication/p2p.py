@@ -22,12 +22,12 @@ from pdjax.distributed import Peers
 from pdjax.errors import ClusterError
 
 VARIABLE = "PDJAX_TRANSPORT"
-_NUMBER_BITS, _END_BITS = 24, 14
+_NUMBER_BITS, _ENDPOINT_BITS = 24, 14
 _GREETING = 2**_NUMBER_BITS - 1
 _GREETING_S = 60.0
 
 
-class End(NamedTuple):
+class Endpoint(NamedTuple):
     """Where arrays come from or go to.
 
     Attributes:
@@ -39,54 +39,55 @@ class End(NamedTuple):
     sharding: Sharding
 
 
-class Way(NamedTuple):
-    """What is sent with one call: the `number`-th from end `source` to end `target`."""
+class Tag(NamedTuple):
+    """What is sent with one call: the `number`-th from endpoint `source` to endpoint `target`."""
 
     source: int
     target: int
     number: int
 
 
-class Wire(Protocol):
+class Backend(Protocol):
     """Sends arrays that have elements. Sender and receiver make their calls in the same order."""
 
-    def send(self, values: Sequence[jax.Array], way: Way) -> None:
+    def send(self, values: Sequence[jax.Array], tag: Tag) -> None:
         """Sends arrays of this process; they must not be donated before they have arrived."""
         ...
 
-    def receive(self, shapes: Sequence[jax.ShapeDtypeStruct], way: Way) -> Sequence[jax.Array]:
+    def receive(self, shapes: Sequence[jax.ShapeDtypeStruct], tag: Tag) -> Sequence[jax.Array]:
         """Returns what the other side sends, on the device of its target."""
         ...
 
 
-def find_wire(ends: Sequence[End], peers: Peers, run: int) -> Wire:
-    """The way that all these devices support; the same one in every process.
+def find_backend(endpoints: Sequence[Endpoint], peers: Peers, run: int) -> Backend:
+    """The backend that all these devices support; the same one in every process.
 
     Args:
-        ends: between which arrays travel; the last ones are those of all processes, in order.
+        endpoints: between which arrays travel; the last ones are those of all processes, in order.
         peers: the processes.
-        run: a number that no other wire of these processes has.
+        run: a number that no other backend of these processes has.
 
     Raises:
-        ValueError: if there are more ends than can be told apart; if PDJAX_TRANSPORT is set to what
-            is not there, to what the devices do not support, or not to the same in all processes.
+        ValueError: if there are more endpoints than can be told apart; if PDJAX_TRANSPORT is set to
+            what is not there, to what the devices do not support, or not to the same in all
+            processes.
     """
-    if len(ends) > 2**_END_BITS:
+    if len(endpoints) > 2**_ENDPOINT_BITS:
         raise ValueError(
-            f"{len(ends)} workers and processes; there may be {2**_END_BITS} together."
+            f"{len(endpoints)} workers and processes; there may be {2**_ENDPOINT_BITS} together."
         )
-    wanted = peers.exchange("how arrays travel", _preference(ends))
+    wanted = peers.exchange("how arrays travel", _preference(endpoints))
     if len(set(wanted)) > 1:
         raise ValueError(
             f"the processes prefer different ways for arrays to travel: {wanted}. Use the same "
             f"kind of devices everywhere, or set {VARIABLE}=transfer for all of them."
         )
     if wanted[0] == "device_put":
-        return DevicePutWire(ends)
-    return TransferWire(ends, peers, run)
+        return DevicePutBackend(endpoints)
+    return TransferBackend(endpoints, peers, run)
 
 
-def _preference(ends: Sequence[End]) -> str:
+def _preference(endpoints: Sequence[Endpoint]) -> str:
     chosen = os.environ.get(VARIABLE, "")
     if chosen == "device_put" and not _can_put():
         raise ValueError(
@@ -101,9 +102,11 @@ def _preference(ends: Sequence[End]) -> str:
             f"{VARIABLE}={chosen!r} in the environment; expected 'device_put' or 'transfer', or "
             "nothing for what the devices support."
         )
-    kinds = {device.device_kind for end in ends for device in end.sharding.device_set}
+    kinds = {
+        device.device_kind for endpoint in endpoints for device in endpoint.sharding.device_set
+    }
     # The keys of such transfers are the same in two processes only if both take part in all.
-    processes = {end.process for end in ends}
+    processes = {endpoint.process for endpoint in endpoints}
     simple = len(kinds) == 1 and len(processes) == 2
     return "device_put" if simple and _can_put() else "transfer"
 
@@ -114,7 +117,7 @@ def _can_put() -> bool:
     return bool(getattr(client, "supports_cross_host_transfers", False))
 
 
-class DevicePutWire:
+class DevicePutBackend:
     """`jax.device_put` to a device of another process, which GPUs and TPUs support.
 
     Both sides call it: the receiver with an array on the sender's device, of which it has nothing.
@@ -123,45 +126,45 @@ class DevicePutWire:
     only if the environment says so.
 
     Args:
-        ends: between which arrays travel.
+        endpoints: between which arrays travel.
     """
 
-    def __init__(self, ends: Sequence[End]) -> None:
-        self._ends = ends
+    def __init__(self, endpoints: Sequence[Endpoint]) -> None:
+        self._endpoints = endpoints
 
-    def send(self, values: Sequence[jax.Array], way: Way) -> None:
-        """As `Wire.send`."""
-        self._put(list(values), way)
+    def send(self, values: Sequence[jax.Array], tag: Tag) -> None:
+        """As `Backend.send`."""
+        self._put(list(values), tag)
 
-    def receive(self, shapes: Sequence[jax.ShapeDtypeStruct], way: Way) -> Sequence[jax.Array]:
-        """As `Wire.receive`."""
-        source = self._ends[way.source].sharding
+    def receive(self, shapes: Sequence[jax.ShapeDtypeStruct], tag: Tag) -> Sequence[jax.Array]:
+        """As `Backend.receive`."""
+        source = self._endpoints[tag.source].sharding
         return self._put(
             [
                 jax.make_array_from_single_device_arrays(s.shape, source, [], dtype=s.dtype)
                 for s in shapes
             ],
-            way,
+            tag,
         )
 
-    def _put(self, values: list[jax.Array], way: Way) -> list[jax.Array]:
-        return jax.device_put(values, self._ends[way.target].sharding) if values else []
+    def _put(self, values: list[jax.Array], tag: Tag) -> list[jax.Array]:
+        return jax.device_put(values, self._endpoints[tag.target].sharding) if values else []
 
 
-class TransferWire:
+class TransferBackend:
     """The servers of `jax.experimental.transfer`, which need nothing of the devices.
 
     The sender offers arrays under a number, and the receiver fetches them under it.
 
     Args:
-        ends: as for `find_wire`.
+        endpoints: as for `find_backend`.
         peers: the processes.
-        run: a number that no other wire of these processes has.
+        run: a number that no other backend of these processes has.
     """
 
-    def __init__(self, ends: Sequence[End], peers: Peers, run: int) -> None:
-        self._ends = ends
-        self._run = run % 2 ** (63 - _NUMBER_BITS - 2 * _END_BITS)
+    def __init__(self, endpoints: Sequence[Endpoint], peers: Peers, run: int) -> None:
+        self._endpoints = endpoints
+        self._run = run % 2 ** (63 - _NUMBER_BITS - 2 * _ENDPOINT_BITS)
         self._server = _server(peers.address)
         self._addresses = peers.exchange("address for transfers", self._server.address())
         self._connections: dict[int, Any] = {}
@@ -175,16 +178,16 @@ class TransferWire:
         Raises:
             ClusterError: if nothing comes from a process in time.
         """
-        own, first = peers.process_id, len(self._ends) - peers.num_processes
+        own, first = peers.process_id, len(self._endpoints) - peers.num_processes
         others = [process for process in range(peers.num_processes) if process != own]
-        greeting = jax.device_put(np.zeros(1, np.float32), self._ends[first + own].sharding)
+        greeting = jax.device_put(np.zeros(1, np.float32), self._endpoints[first + own].sharding)
         shape = jax.ShapeDtypeStruct(greeting.shape, greeting.dtype)
         for process in others:
-            self.send([greeting], Way(first + own, first + process, _GREETING))
+            self.send([greeting], Tag(first + own, first + process, _GREETING))
         for process in others:
-            way = Way(first + process, first + own, _GREETING)
+            tag = Tag(first + process, first + own, _GREETING)
             try:
-                _within(_GREETING_S, lambda way=way: self.receive([shape], way)[0].item())
+                _within(_GREETING_S, lambda tag=tag: self.receive([shape], tag)[0].item())
             except (TimeoutError, jax.errors.JaxRuntimeError) as error:
                 why = str(error) or "silence"
                 raise ClusterError(
@@ -194,25 +197,25 @@ class TransferWire:
                     "hosts let them through?"
                 ) from error
 
-    def send(self, values: Sequence[jax.Array], way: Way) -> None:
-        """As `Wire.send`."""
-        self._server.await_pull(self._name(way), list(values))
+    def send(self, values: Sequence[jax.Array], tag: Tag) -> None:
+        """As `Backend.send`."""
+        self._server.await_pull(self._name(tag), list(values))
 
-    def receive(self, shapes: Sequence[jax.ShapeDtypeStruct], way: Way) -> Sequence[jax.Array]:
-        """As `Wire.receive`."""
-        process = self._ends[way.source].process
+    def receive(self, shapes: Sequence[jax.ShapeDtypeStruct], tag: Tag) -> Sequence[jax.Array]:
+        """As `Backend.receive`."""
+        process = self._endpoints[tag.source].process
         if process not in self._connections:
             self._connections[process] = self._server.connect(self._addresses[process])
-        sharding = self._ends[way.target].sharding
+        sharding = self._endpoints[tag.target].sharding
         wanted = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for s in shapes]
-        return self._connections[process].pull(self._name(way), wanted)
+        return self._connections[process].pull(self._name(tag), wanted)
 
-    def _name(self, way: Way) -> int:
-        """What nothing else on its way has the same of: run, ends and number in 63 bits."""
+    def _name(self, tag: Tag) -> int:
+        """A number of its own for each tag: run, both endpoints and number in 63 bits."""
         name = self._run
-        for end in (way.source, way.target):
-            name = name << _END_BITS | end
-        return name << _NUMBER_BITS | way.number % 2**_NUMBER_BITS
+        for endpoint in (tag.source, tag.target):
+            name = name << _ENDPOINT_BITS | endpoint
+        return name << _NUMBER_BITS | tag.number % 2**_NUMBER_BITS
 
 
 def _within(seconds: float, work: Callable[[], Any]) -> None:

@@ -1,4 +1,4 @@
-"""Moves values between processes, whatever they are: over a wire that knows arrays only."""
+"""Moves values between processes, whatever they are: over a backend that knows arrays only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from pdjax.communication.p2p import End, Way, find_wire
+from pdjax.communication.p2p import Endpoint, Tag, find_backend
 from pdjax.distributed import Peers
 from pdjax.trees import is_key
 
@@ -52,47 +52,47 @@ _arrivals = Arrivals()
 
 
 class RemoteTransport:
-    """Between places of any processes.
+    """Between replicas of any processes.
 
-    What crosses processes is numbered on each way from one place to another, in the same order on
+    What crosses processes is numbered for each pair of replicas, in the same order on
     both sides.
 
     Args:
-        placements: where each place is.
+        placements: where each replica is.
         peers: the processes.
     """
 
     def __init__(self, placements: Sequence[Sharding], peers: Peers) -> None:
         owners = [next(iter(placement.device_set)).process_index for placement in placements]
-        self.here = tuple(owner == peers.process_id for owner in owners)
-        # Beside the places every process has an end of its own, for what all processes get.
-        self._ends = (
-            *itertools.starmap(End, zip(owners, placements, strict=True)),
-            *(End(process, _first_of(process)) for process in range(peers.num_processes)),
+        self.is_local = tuple(owner == peers.process_id for owner in owners)
+        # Beside the replicas every process has an endpoint of its own, for what all processes get.
+        self._endpoints = (
+            *itertools.starmap(Endpoint, zip(owners, placements, strict=True)),
+            *(Endpoint(process, _first_of(process)) for process in range(peers.num_processes)),
         )
-        self._first_end = len(owners)
+        self._first_process = len(owners)
         self._peers = peers
         self._counts: Counter[tuple[int, int]] = Counter()
         # All processes make their transports in the same order.
-        self._wire = find_wire(self._ends, peers, next(_runs))
+        self._backend = find_backend(self._endpoints, peers, next(_runs))
         peers.finish_first(_arrivals.wait)
 
-    def move(
+    def send_recv(
         self, values: Sequence[jax.Array] | None, shapes: Sequence[Any], source: int, target: int
     ) -> Sequence[jax.Array] | None:
-        """As `Transport.move`."""
+        """As `Transport.send_recv`."""
         own = self._peers.process_id
-        here, there = (self._ends[end].process == own for end in (source, target))
-        if here == there:  # nothing crosses processes, or between others
+        sends, receives = (self._endpoints[at].process == own for at in (source, target))
+        if sends == receives:  # nothing crosses processes, or between others
             return values
-        way = Way(source, target, self._counts[source, target])
+        tag = Tag(source, target, self._counts[source, target])
         self._counts[source, target] += 1
-        if there:
-            return self._receive(shapes, way)
+        if receives:
+            return self._receive(shapes, tag)
         assert values is not None
         sent = [_raw(value) for value in values if value.size]  # others would never arrive
         if sent:
-            self._wire.send(sent, way)
+            self._backend.send(sent, tag)
         return None
 
     def broadcast(
@@ -100,23 +100,23 @@ class RemoteTransport:
     ) -> Sequence[jax.Array]:
         """As `Transport.broadcast`."""
         found = values
-        for end in range(self._first_end, len(self._ends)):
-            moved = self.move(values, shapes, source, end)
+        for endpoint in range(self._first_process, len(self._endpoints)):
+            moved = self.send_recv(values, shapes, source, endpoint)
             found = moved if found is None else found
         assert found is not None
         return found
 
-    def meet(self) -> None:
-        """As `Transport.meet`."""
+    def barrier(self) -> None:
+        """As `Transport.barrier`."""
         self._peers.exchange("everybody has what was sent", None)
 
-    def _receive(self, shapes: Sequence[Any], way: Way) -> Sequence[jax.Array]:
+    def _receive(self, shapes: Sequence[Any], tag: Tag) -> Sequence[jax.Array]:
         wanted = [_raw_shape(shape) for shape in shapes]
         sent = [shape for shape in wanted if shape.size]
-        received = self._wire.receive(sent, way) if sent else []
+        received = self._backend.receive(sent, tag) if sent else []
         _arrivals.add(received)
         found = iter(received)
-        sharding = self._ends[way.target].sharding
+        sharding = self._endpoints[tag.target].sharding
         values = [next(found) if s.size else _empty(s, sharding) for s in wanted]
         return [_cooked(value, shape) for value, shape in zip(values, shapes, strict=True)]
 

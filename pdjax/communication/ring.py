@@ -28,19 +28,19 @@ class Replicas(NamedTuple):
     """The replicas of a stage.
 
     Attributes:
-        places: their places.
+        replicas: their numbers among the replicas of all stages.
         placements: where each of them is, one device each.
-        transport: how values travel between places.
+        transport: how values travel between replicas.
     """
 
-    places: Sequence[int]
+    replicas: Sequence[int]
     placements: Sequence[Sharding]
     transport: Transport
 
     @property
-    def here(self) -> list[bool]:
+    def is_local(self) -> list[bool]:
         """For each replica whether this process runs it."""
-        return [self.transport.here[place] for place in self.places]
+        return [self.transport.is_local[replica] for replica in self.replicas]
 
 
 class Pieces(NamedTuple):
@@ -58,7 +58,7 @@ class RingReduce:
 
     In a collective of XLA on a CPU a thread of each process waits for the other processes. There
     are as many threads as cores, so that it keeps one from computing: with one core, everything.
-    Here nobody waits, and passes are computed while a sum is on its way.
+    Here no thread waits, and passes are computed while a sum is on its way.
 
     Args:
         replicas: where they are; all processes that have one must make the same calls.
@@ -70,9 +70,9 @@ class RingReduce:
         self, replicas: Replicas, shapes: Sequence[jax.ShapeDtypeStruct], *, mean: bool = False
     ) -> None:
         self._replicas = replicas
-        self._here = replicas.here
+        self._is_local = replicas.is_local
         self._shapes = tuple(shapes)
-        layout = _Layout(shapes, len(replicas.places))
+        layout = _Layout(shapes, len(replicas.replicas))
         self._piece_shapes = layout.piece_shapes
         self._split, self._add, self._join, self._zeros = (
             [jit_on(function, placement) for placement in replicas.placements]
@@ -86,7 +86,7 @@ class RingReduce:
 
     def lowerings(self) -> Iterator[Callable[[], Any]]:
         """Functions that lower all programs that calls run."""
-        for at in (at for at, here in enumerate(self._here) if here):
+        for at in (at for at, local in enumerate(self._is_local) if local):
             yield self._zeros[at].lower
             yield partial(self._split[at].lower, self._shapes)
             yield from (partial(self._add[at].lower, piece, piece) for piece in self._piece_shapes)
@@ -95,7 +95,7 @@ class RingReduce:
     @property
     def sent_bytes(self) -> int:
         """Bytes that each replica sends."""
-        return ring_bytes(self._shapes, len(self._here))
+        return ring_bytes(self._shapes, len(self._is_local))
 
     def begin(self, at: int, part: Values) -> Pieces:
         """Cuts the arrays of a replica of this process.
@@ -121,8 +121,8 @@ class RingReduce:
         """
         count = len(parts)
         pieces: list[list[Values] | None] = [
-            self._pieces(at, part) if here else None
-            for at, (part, here) in enumerate(zip(parts, self._here, strict=True))
+            self._pieces(at, part) if local else None
+            for at, (part, local) in enumerate(zip(parts, self._is_local, strict=True))
         ]
         for turn in range(count - 1):
             for at, came in self._pass_on(pieces, -turn):
@@ -149,17 +149,17 @@ class RingReduce:
         Returns:
             What came to which replica of this process.
         """
-        places, count = self._replicas.places, len(pieces)
+        replicas, count = self._replicas.replicas, len(pieces)
         found = []
         for source, own in enumerate(pieces):
             target, number = (source + 1) % count, (source + offset) % count
-            came = self._replicas.transport.move(
+            came = self._replicas.transport.send_recv(
                 None if own is None else own[number],
                 self._piece_shapes[number],
-                places[source],
-                places[target],
+                replicas[source],
+                replicas[target],
             )
-            if self._here[target]:
+            if self._is_local[target]:
                 found.append((target, tuple(came or ())))
         return found
 
@@ -175,7 +175,7 @@ class _Part(NamedTuple):
 class _Layout:
     """How arrays, one behind the other, are cut into `count` pieces of as many bytes.
 
-    A piece is a tuple of parts of arrays, which nobody has to lay side by side: in one long array
+    A piece is a tuple of parts of arrays, which need not be laid side by side: in one long array
     of all of them XLA would look for the source of every single element. Only small parts of one
     type travel in one array, since each array that travels has a price of its own.
     """

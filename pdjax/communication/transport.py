@@ -1,7 +1,7 @@
-"""How a value gets from one place to another.
+"""How a value gets from one replica of a stage to another.
 
-The executor walks the same instructions in every process, and hands every value that one place
-sends to another one to a `Transport`, which knows which places are in this process.
+The executor runs its instructions in one order in all processes, and hands every value that one
+replica sends to another to a `Transport`, which knows which replicas are in this process.
 """
 
 from __future__ import annotations
@@ -13,53 +13,54 @@ import jax
 
 
 class Transport(Protocol):
-    """Moves arrays between places. Must not wait for the arrays to be ready.
+    """Moves arrays between replicas. Must not wait for the arrays to be ready.
 
-    Every process must call `move` and `broadcast` for the same values in the same order, also for
-    those that it neither has nor gets; it may leave out calls that concern other processes only.
-    What is moved must not be donated before it has arrived (see `meet`).
+    Every process must call `send_recv` and `broadcast` for the same values in the same order, also
+    for those that it neither has nor gets; it may leave out calls that concern other processes
+    only. What is moved must not be donated before it has arrived (see `barrier`).
 
     Attributes:
-        here: for each place whether this process runs it.
+        is_local: for each replica whether this process runs it.
     """
 
     @property
-    def here(self) -> Sequence[bool]:
+    def is_local(self) -> Sequence[bool]:
         """See above."""
         ...
 
-    def move(
+    def send_recv(
         self, values: Sequence[jax.Array] | None, shapes: Sequence[Any], source: int, target: int
     ) -> Sequence[jax.Array] | None:
-        """Brings values from one place to another.
+        """Brings values from one replica to another.
 
         Args:
-            values: the values; None if `source` is not here.
+            values: the values; None if `source` is in another process.
             shapes: their shapes.
-            source: the place where they are.
-            target: the place where they are wanted.
+            source: the replica that has them.
+            target: the replica that needs them.
 
         Returns:
-            The values as the programs of place `target` may read them; None if that is not here.
+            The values as the programs of `target` may read them; None if that is in another
+            process.
         """
         ...
 
     def broadcast(
         self, values: Sequence[jax.Array] | None, shapes: Sequence[Any], source: int
     ) -> Sequence[jax.Array]:
-        """Brings values from one place to every process.
+        """Brings values from one replica to every process.
 
         Args:
-            values: the values; None if `source` is not here.
+            values: the values; None if `source` is in another process.
             shapes: their shapes.
-            source: the place where they are.
+            source: the replica that has them.
 
         Returns:
             The values, on a device of this process.
         """
         ...
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Waits until every process is here, and so has what it has waited for before."""
         ...
 
@@ -71,10 +72,10 @@ class LocalTransport:
     and moves it inside the call, which costs the host a fifth of a `jax.device_put`.
     """
 
-    def __init__(self, num_places: int) -> None:
-        self.here = (True,) * num_places
+    def __init__(self, num_replicas: int) -> None:
+        self.is_local = (True,) * num_replicas
 
-    def move(
+    def send_recv(
         self, values: Sequence[jax.Array] | None, shapes: Sequence[Any], source: int, target: int
     ) -> Sequence[jax.Array] | None:
         """Returns `values` as they are."""
@@ -86,8 +87,39 @@ class LocalTransport:
     ) -> Sequence[jax.Array]:
         """Returns `values` as they are."""
         del shapes, source
-        assert values is not None, "all places are here"
+        assert values is not None, "all replicas are local"
         return values
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Returns: there is no other process."""
+
+
+class Renumbered:
+    """A transport for some of the replicas, by other numbers.
+
+    Args:
+        transport: of all replicas.
+        replicas: for each new number the old one.
+    """
+
+    def __init__(self, transport: Transport, replicas: Sequence[int]) -> None:
+        self._transport = transport
+        self._replicas = replicas
+        self.is_local = tuple(transport.is_local[replica] for replica in replicas)
+
+    def send_recv(
+        self, values: Sequence[jax.Array] | None, shapes: Sequence[Any], source: int, target: int
+    ) -> Sequence[jax.Array] | None:
+        """As `Transport.send_recv`."""
+        old = self._replicas
+        return self._transport.send_recv(values, shapes, old[source], old[target])
+
+    def broadcast(
+        self, values: Sequence[jax.Array] | None, shapes: Sequence[Any], source: int
+    ) -> Sequence[jax.Array]:
+        """As `Transport.broadcast`."""
+        return self._transport.broadcast(values, shapes, self._replicas[source])
+
+    def barrier(self) -> None:
+        """As `Transport.barrier`."""
+        self._transport.barrier()

@@ -59,8 +59,8 @@ def _as_compiled(
     cost: StageCost, stage: int, passes: Passes, updates: Sequence[UpdateRunner]
 ) -> StageCost:
     """A stage's cost with the bytes that the executor counts."""
-    place = passes.places.of_stage(stage)[0]
-    runner, kinds, routes = passes.stages[place], passes.kinds[place], passes.routes[stage]
+    replica = passes.replicas.of_stage(stage)[0]
+    runner, kinds, routes = passes.stages[replica], passes.kinds[replica], passes.routes[stage]
     share = _input_share(runner) if "I" in kinds else 0.5
     param_bytes = sum(map(jaxprs.num_bytes, runner.programs.inputs["params"]))
     return replace(
@@ -68,13 +68,13 @@ def _as_compiled(
         input_s=cost.backward_s * share,
         weight_s=cost.backward_s * (1 - share),
         param_bytes=param_bytes,
-        optimizer_bytes=sum(map(_bytes, updates[place].state_shapes)),
+        optimizer_bytes=sum(map(_bytes, updates[replica].state_shapes)),
         gradient_bytes=0 if "FBU" in kinds else param_bytes,
-        stash_bytes=passes.stash_bytes[place] if "F" in kinds else 0,
-        held_bytes=passes.held_bytes[place],
+        stash_bytes=passes.stash_bytes[replica] if "F" in kinds else 0,
+        held_bytes=passes.held_bytes[replica],
         pass_bytes=0,  # what a program needs while it runs is not counted
-        sends=tuple(sorted(routes.forward_bytes.items())),
-        returns=tuple(sorted(routes.backward_bytes.items())),
+        sends=routes.forward_bytes,
+        returns=routes.backward_bytes,
     )
 
 

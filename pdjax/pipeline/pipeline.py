@@ -457,7 +457,7 @@ class Pipeline:
         It is counted always, and waits for nothing; each process counts what it does itself.
         """
         prepared, run = self._training_of(state).prepared, state.run
-        return count(run.passes or prepared.passes, run)
+        return count(run.passes or prepared.passes, run, prepared.num_recompilations)
 
     def simulate(
         self,
@@ -498,7 +498,7 @@ class Pipeline:
         """
         prepared = self._training_of(state).prepared
         executor, peers = prepared.executor, None
-        weights = [held.weights[0] for held in state.run.stages if held.weights]
+        weights = [held.lasting.weights[0] for held in state.run.stages if held.lasting.weights]
         recorder = recording.Recorder(executor.schedule, weights)
         executor.observer = recorder.observe
         try:

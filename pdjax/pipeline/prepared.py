@@ -22,19 +22,21 @@ from pdjax.pipeline.batch import (
     describe_batch,
 )
 from pdjax.pipeline.compiled_costs import compiled_costs
+from pdjax.pipeline.feed import InputFeed
 from pdjax.pipeline.processes import make_transport, peers_of
+from pdjax.pipeline.program_cache import DEFAULT_BOUND, ProgramCache
 from pdjax.pipeline.resolve import Example, decide
 from pdjax.pipeline.settings import Settings
 from pdjax.profile.cached import measured_profile
 from pdjax.profile.profile import Profile
 from pdjax.runtime.evaluation import Evaluation
 from pdjax.runtime.executor import Executor
-from pdjax.runtime.gather import Holdings
-from pdjax.runtime.init_state import Starter
-from pdjax.runtime.microbatches import Intake, Slicing
+from pdjax.runtime.gather import Gather
+from pdjax.runtime.init_state import Starter, start_run
+from pdjax.runtime.microbatches import MicrobatchSlicer, Slicing
 from pdjax.runtime.programs import Passes, PlacedConsts
-from pdjax.runtime.replica_map import Places
-from pdjax.runtime.state import Feed, Run, StageState, WorkerTally
+from pdjax.runtime.replica_map import ReplicaMap
+from pdjax.runtime.state import Feed, Run
 from pdjax.runtime.update import UpdateRunner
 from pdjax.schedules import Schedule
 from pdjax.schedules.versions import delay_of, peak_versions
@@ -44,9 +46,12 @@ from pdjax.split.stages import StageSplit, split
 from pdjax.trace import jaxprs
 from pdjax.trace.jit import Values
 from pdjax.trace.layers import LayerGraph
-from pdjax.trees import own_copy, place, shape_of, shapes_of
+from pdjax.trees import place, shape_of, shapes_of
 
 _log = logging.getLogger("pdjax")
+
+_Programs = tuple[Passes, list[MicrobatchSlicer]]
+"""The programs for minibatches of one shape, and for each replica what divides them."""
 
 
 def profile_model(
@@ -70,7 +75,8 @@ class Prepared:
     """A pipeline that is ready to run.
 
     It is made for parameters, mutable state and minibatches of certain shapes. Minibatches of
-    other shapes are traced, split at the same layers and compiled when they come.
+    other shapes are traced, split at the same layers and compiled when they come; the programs of
+    `max_batch_shapes` shapes are kept, and as many of evaluations.
 
     Attributes:
         comparison: the schedules that it was chosen from; None if it was given.
@@ -81,13 +87,20 @@ class Prepared:
         update: the optimizer, cut into stages.
         executor: dispatches steps.
         peers: the processes that the stages are in; None if all are in this one.
-        transport: how values travel between places.
+        transport: how values travel between replicas.
+        passes: the programs for minibatches of the shape that the pipeline was prepared for.
         weights: the parameters.
         model: the mutable state.
     """
 
     def __init__(
-        self, settings: Settings, params: Any, batch: Any, model_state: Any, rng: Any
+        self,
+        settings: Settings,
+        params: Any,
+        batch: Any,
+        model_state: Any,
+        rng: Any,
+        max_batch_shapes: int = DEFAULT_BOUND,
     ) -> None:
         self._example = example = _example(settings, params, batch, model_state, rng)
         self._spec = example.spec
@@ -98,49 +111,46 @@ class Prepared:
         self.plan, self.schedule, self.rule = decided.plan, decided.schedule, decided.rule
         self.comparison, self._remat = decided.comparison, decided.remat
         placements = settings.placements
-        self.places = Places.of(self.schedule)
+        self.replicas = ReplicaMap.of(self.schedule)
         self.peers = peers
         self.transport = make_transport(placements, peers)
-        self._here = self.transport.here
+        self._is_local = self.transport.is_local
         if peers is not None:
-            peers.describe(self._stages_here())
-        self._keys = self._everywhere(rng)
-        self._passes: dict[Any, Passes] = {}
-        self._known: dict[Any, Passes] = {}
-        self._evaluations: dict[Any, Evaluation] = {}
-        self._consts = PlacedConsts(placements, self._here)
+            peers.describe(self._local_stages())
+        self._feed = InputFeed(
+            self.schedule, placements, self._is_local, self._everywhere(rng), self._spec
+        )
+        self._specs = ProgramCache[BatchSpec](8 * max_batch_shapes)
+        self._programs = ProgramCache[_Programs](max_batch_shapes)
+        self._evaluations = ProgramCache[Evaluation](max_batch_shapes)
+        self._consts = PlacedConsts(placements, self._is_local)
         self.split = split(decided.graph, self.plan.first_layers)
         self.update = self._split_optimizer()
         self.state_homes = _state_homes(self.split)
-        self.weights, self.model = self._find_holdings()
+        self.weights, self.model = self._gathers()
         self._updates = [self._update_runner(at) for at in range(len(placements))]
         self._reduces = self._make_reduces()
         self.executor = Executor(
             self.schedule,
             self.rule,
-            self._updates,
-            [self._divisors(at) for at in range(len(placements))],
             self.transport,
-            _average if self._averages_state() else None,
-            self._reduces,
+            [self._divisors(at) for at in range(len(placements))],
+            _average,
         )
-        # Under an asynchronous schedule a batch may be read after the step that brought it has
-        # returned, when its owner may have given its memory away.
-        self._intakes = [
-            Intake(placement, keeps_in_place=self.schedule.flushes) for placement in placements
-        ]
-        self._passes[self._spec.signature] = self._compile(self._spec, self.split)
+        self.passes = self._compile(self._spec, self.split)
+        first = self.passes, self._feed.slicers()
+        self._programs.get(self._spec.signature, lambda: first)
 
-    def _stages_here(self) -> str:
+    def _local_stages(self) -> str:
         """What this process runs, in words."""
-        pairs = zip(self.places.stage_of, self._here, strict=True)
+        pairs = zip(self.replicas.stage_of, self._is_local, strict=True)
         said = []
         for stage in sorted({stage for stage, here in pairs if here}):
             names = self.plan.stage_layers(stage)
             said.append(f"stage {stage}: {names[0]}" + f" … {names[-1]}" * (len(names) > 1))
         return "; ".join(said) or "no stage"
 
-    def _find_holdings(self) -> tuple[Holdings, Holdings]:
+    def _gathers(self) -> tuple[Gather, Gather]:
         """The parameters, and the mutable state."""
         shapes = map(jax.tree.leaves, (self._example.params, self._example.state))
         at = [{i: at for at, i in enumerate(stage.params)} for stage in self.update.stages]
@@ -149,7 +159,7 @@ class Prepared:
             lambda held, stage, index: held.model[index],
         )
         params, state = (
-            Holdings(self.places, homes, leaves, read, self.transport)
+            Gather(self.replicas, homes, leaves, read, self.transport)
             for homes, leaves, read in zip(
                 (self.split.homes, self.state_homes), shapes, readers, strict=True
             )
@@ -158,15 +168,15 @@ class Prepared:
 
     def _everywhere(self, value: Any) -> list[Any]:
         """A value at each place of this process; None for the others."""
-        pairs = zip(self._settings.placements, self._here, strict=True)
+        pairs = zip(self._settings.placements, self._is_local, strict=True)
         return [place(value, placement) if here else None for placement, here in pairs]
 
     def _divisors(self, at: int) -> dict[int, Any]:
         """What the sum of so many microbatches' gradients is divided by, at a place."""
-        size = self.schedule.per_update[self.places.stage_of[at]]
+        size = self.schedule.per_update[self.replicas.stage_of[at]]
         whole = not self.schedule.flushes and self.schedule.num_microbatches == 1
         placement = self._settings.placements[at]
-        if not self._here[at]:
+        if not self._is_local[at]:
             return {}
         counts = range(1 if whole else size, size + 1)  # a drain may break a round off
         return {count: place(np.float32(count), placement) for count in counts}
@@ -175,9 +185,9 @@ class Prepared:
         """For each stage with replicas what its updates sum and average over them."""
         found: dict[int, tuple[Reduce, MeanOfState | None]] = {}
         params, state = map(jax.tree.leaves, (self._example.params, self._example.state))
-        for stage, count in enumerate(self.places.replicas):
-            if count > 1 and any(self._here[at] for at in self.places.of_stage(stage)):
-                at = self.places.of_stage(stage)
+        for stage, count in enumerate(self.replicas.num_replicas):
+            if count > 1 and any(self._is_local[at] for at in self.replicas.of_stage(stage)):
+                at = self.replicas.of_stage(stage)
                 where = [self._settings.placements[place] for place in at]
                 replicas = Replicas(at, where, self.transport)
                 shapes = [params[i] for i in self.update.stages[stage].params]
@@ -219,7 +229,7 @@ class Prepared:
             self.split.homes,
             traced.param_names,
             self.plan.num_stages,
-            rounds=not self.schedule.flushes and max(self.places.replicas) > 1,
+            rounds=not self.schedule.flushes and max(self.replicas.num_replicas) > 1,
             scales=self._scales(),
         )
         if not self.schedule.flushes:
@@ -229,16 +239,16 @@ class Prepared:
 
     def _scales(self) -> list[float] | None:
         """For each parameter a factor on its learning rate, where the weight rule has some."""
-        replicas = self.places.replicas
+        replicas = self.replicas.num_replicas
         if self.rule.replica_learning_rate == "same" or self.schedule.flushes:
             return None
         return [replicas[homes[0]] / replicas[0] for homes in self.split.homes]
 
     def _update_runner(self, at: int) -> UpdateRunner:
         """The update at a place; it reuses the old weights if no backward pass still needs them."""
-        schedule, rule, stage = self.schedule, self.rule, self.places.stage_of[at]
+        schedule, rule, stage = self.schedule, self.rule, self.replicas.stage_of[at]
         workers = schedule.unroll((schedule.lag + 2) * schedule.num_minibatches)
-        worker = workers[self.places.worker_of[at]]
+        worker = workers[self.replicas.worker_of[at]]
         delay = delay_of(rule, schedule)
         alive = peak_versions(worker, stage, rule, schedule.num_microbatches, delay)
         return UpdateRunner(
@@ -256,7 +266,7 @@ class Prepared:
         A drain may break a round off; of a weighted loss the divisor does not say so.
         """
         if self.split.traced.weight is not None:
-            return lambda _: self.places.replicas[stage]
+            return lambda _: self.replicas.num_replicas[stage]
         return lambda divisor: divisor / self.schedule.num_microbatches
 
     def _compile(self, spec: BatchSpec, stages: StageSplit) -> Passes:
@@ -270,8 +280,10 @@ class Prepared:
             self._remat,
             self._updates,
             self._metric_axes(self._settings.loss_fn, spec, stages, m),
-            self._consts.of(stages, self.places),
-            self._here,
+            self._consts.of(stages, self.replicas),
+            self._is_local,
+            self._averages_state(),
+            self._reduces,
         )
         key = shape_of(self._example.key)
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
@@ -300,116 +312,88 @@ class Prepared:
         """What the stages cost, with the seconds of a profile."""
         return compiled_costs(self.passes, self._updates, self.plan, self._remat, profile)
 
-    @property
-    def passes(self) -> Passes:
-        """The programs for minibatches of the shape that the pipeline was prepared for."""
-        return self._passes[self._spec.signature]
-
-    def _passes_for(self, spec: BatchSpec) -> Passes:
+    def _spec_of(self, batch: Any) -> BatchSpec:
+        spec = describe_batch(batch, self._settings.batch_axes)
         check_structure(spec, self._spec)
-        if spec.signature not in self._passes:
-            _log.info("compiling for a new batch shape: %s", spec)
-            graph = self._graph(self._settings.loss_fn, self._microbatch(spec))
-            stages = split(graph, self.plan.first_layers_in(graph.names))
-            if (stages.homes, _state_homes(stages)) != (self.split.homes, self.state_homes):
-                raise ValueError(
-                    f"for batches of {spec} the loss function uses its parameters or "
-                    "its state in other stages than before. Give a plan whose cuts suit both "
-                    "shapes."
-                )
-            self._passes[spec.signature] = self._compile(spec, stages)
-        return self._passes[spec.signature]
+        return spec
+
+    def _programs_for(self, spec: BatchSpec) -> _Programs:
+        """Traces and compiles for minibatches of another shape."""
+        _log.info("compiling for a new batch shape: %s", spec)
+        graph = self._graph(self._settings.loss_fn, self._microbatch(spec))
+        stages = split(graph, self.plan.first_layers_in(graph.names))
+        if (stages.homes, _state_homes(stages)) != (self.split.homes, self.state_homes):
+            raise ValueError(
+                f"for batches of {spec} the loss function uses its parameters or "
+                "its state in other stages than before. Give a plan whose cuts suit both "
+                "shapes."
+            )
+        return self._compile(spec, stages), self._feed.slicers()
 
     def _evaluation_for(self, spec: BatchSpec, count: int) -> Evaluation:
+        """The compiled forward passes for a batch in `count` microbatches."""
         check_structure(spec, self._spec)
         known = (spec.signature, count)
-        if known not in self._evaluations:
-            loss_fn = self._settings.eval_loss_fn
-            graph = self._graph(loss_fn, spec.microbatch(count))
-            stages = split(graph, self.plan.first_layers_in(graph.names))
-            self._evaluations[known] = Evaluation(
-                stages,
-                [held[0] for held in map(self.places.of_stage, range(self.plan.num_stages))],
-                self._settings.placements,
-                self._consts.of(stages, self.places),
-                Slicing(count, spec.axes),
-                self._metric_axes(loss_fn, spec, stages, count),
-                self.transport,
-            )
-        return self._evaluations[known]
+        return self._evaluations.get(known, lambda: self._make_evaluation(spec, count))
+
+    def _make_evaluation(self, spec: BatchSpec, count: int) -> Evaluation:
+        loss_fn = self._settings.eval_loss_fn
+        graph = self._graph(loss_fn, spec.microbatch(count))
+        stages = split(graph, self.plan.first_layers_in(graph.names))
+        return Evaluation(
+            stages,
+            [held[0] for held in map(self.replicas.of_stage, range(self.plan.num_stages))],
+            self._settings.placements,
+            self._consts.of(stages, self.replicas),
+            Slicing(count, spec.axes),
+            self._metric_axes(loss_fn, spec, stages, count),
+            self.transport,
+        )
 
     # -------- running
 
     def start(self, params: Any, model_state: Any) -> Run:
         """Places the parameters and makes the optimizer state, each leaf where it lives."""
         starter = Starter(self._settings.optimizer, self._example.params, params, model_state)
-        stages = []
-        for at, stage in enumerate(self.places.stage_of):
-            state = [i for i, homes in enumerate(self.state_homes) if stage in homes]
-            placement = self._settings.placements[at]
-            made = StageState((), (), {})
-            if self._here[at]:
-                made = starter.start(self.update.stages[stage], state, placement)
-            stages.append(made)
-        workers = [0] * len(self.schedule.workers)
-        for held, worker in zip(stages, self.places.worker_of, strict=True):
-            workers[worker] += held.weight_bytes
-        return Run(stages, [WorkerTally(size) for size in workers])
+        return start_run(
+            starter,
+            self.update,
+            self.state_homes,
+            self.replicas,
+            [
+                p if local else None
+                for p, local in zip(self._settings.placements, self._is_local, strict=True)
+            ],
+            len(self.schedule.workers),
+        )
 
     def feed(self, run: Run, batch: Any) -> Feed:
-        """Moves a minibatch to the places that read it, to each the microbatches that it runs."""
+        """Moves a minibatch to the replicas that read it."""
         leaves, tree = jax.tree.flatten(batch)
         shapes = (tree, *map(appearance, leaves))
-        if shapes not in self._known:
-            spec = describe_batch(batch, self._settings.batch_axes)
-            self._known[shapes] = self._passes_for(spec)
-        passes = self._known[shapes]
-        leaves = self._taken(passes.split, leaves)
-        moved = []
-        for at, intake in enumerate(self._intakes):
-            if not self._here[at]:
-                moved.append(())
-                continue
-            stage = self.places.stage_of[at]
-            count = self.places.replicas[stage]
-            number = at - self.places.of_stage(stage)[0]
-            first = (number - (run.fed - run.start) % self.schedule.cycle) % count
-            turns = range(first, self.schedule.num_microbatches, count)
-            indices = passes.split.stages[stage].batch
-            moved.append(intake.take(leaves, indices, passes.slicing, turns))
-        return Feed(passes, moved, self._keys)
+        spec = self._specs.get(shapes, lambda: self._spec_of(batch))
+        passes, slicers = self._programs.get(spec.signature, lambda: self._programs_for(spec))
+        return self._feed.feed(run, passes, slicers, leaves)
 
-    def _read_here(self, stages: StageSplit) -> set[int]:
-        """The batch leaves that the stages of this process read."""
-        mine = {self.places.stage_of[at] for at, here in enumerate(self._here) if here}
-        return {index for stage in mine for index in stages.stages[stage].batch}
-
-    def _taken(self, stages: StageSplit, leaves: Sequence[Any]) -> list[Any]:
-        """Copies of the batch leaves that the stages of this process read; None for the others."""
-        read = self._read_here(stages)
-        missing = [i for i in sorted(read) if isinstance(leaves[i], jax.ShapeDtypeStruct)]
-        if missing:
-            names = [self._spec.names[i] for i in missing]
-            raise ValueError(
-                f"the batch has only the shape of {names}, which a stage of this process reads. "
-                "Hand over the arrays; pipe.reads() says which are needed."
-            )
-        return [own_copy(leaf) if i in read else None for i, leaf in enumerate(leaves)]
+    @property
+    def num_recompilations(self) -> int:
+        """How often programs were compiled again that had been dropped."""
+        return self._programs.num_recompilations + self._evaluations.num_recompilations
 
     @property
     def reads(self) -> Any:
         """For each batch leaf whether a stage of this process reads it."""
-        read, count = self._read_here(self.split), len(self._spec.names)
+        read, count = self._feed.read_by(self.split), len(self._spec.names)
         return jax.tree.unflatten(self._spec.tree, [index in read for index in range(count)])
 
     def evaluate(self, run: Run, batch: Any, count: int) -> tuple[Any, Values, Any]:
         """Dispatches forward passes; returns the loss, the metrics and their structure."""
         evaluation = self._evaluation_for(describe_batch(batch, self._settings.batch_axes), count)
-        leaves = self._taken(evaluation.split, jax.tree.leaves(batch))
+        leaves = self._feed.taken(evaluation.split, jax.tree.leaves(batch))
         stages = evaluation.split.stages
         weights = [[self.weights.at(run, i, stage.index) for i in stage.params] for stage in stages]
         model = [[self.model.at(run, i, stage.index) for i in stage.state] for stage in stages]
-        loss, metrics = evaluation.run(weights, model, leaves, self._keys)
+        loss, metrics = evaluation.run(weights, model, leaves, self._feed.keys)
         return loss, metrics, evaluation.metrics_tree
 
 

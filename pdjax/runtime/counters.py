@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from pdjax.runtime.programs import Passes
-from pdjax.runtime.state import Run
+from pdjax.runtime.state import Programs, Run
 from pdjax.trace.jit import Values
 
 
@@ -46,30 +46,31 @@ class StageMemory:
         return fixed + self.peak_stash_bytes
 
 
-def stage_memory(passes: Passes, run: Run) -> tuple[StageMemory, ...]:
+def stage_memory(passes: Programs, run: Run) -> tuple[StageMemory, ...]:
     """What each stage, and replica, of `run` has held at its peak so far.
 
     It is for batches that `passes` are for.
     """
+    assert isinstance(passes, Passes), "programs of a training"
     return tuple(
         StageMemory(
-            stage=passes.places.stage_of[index],
-            weight_bytes=held.weight_bytes,
-            peak_versions=held.peak_versions,
-            optimizer_bytes=_bytes(held.optimizer),
+            stage=passes.replicas.stage_of[index],
+            weight_bytes=held.counters.weight_bytes,
+            peak_versions=held.counters.peak_versions,
+            optimizer_bytes=_bytes(held.lasting.optimizer),
             gradient_bytes=gradient_bytes(passes, run, index),
             stash_bytes=passes.stash_bytes[index] if "F" in passes.kinds[index] else 0,
-            peak_in_flight=held.peak_in_flight,
+            peak_in_flight=held.counters.peak_in_flight,
             held_bytes=passes.held_bytes[index],
-            peak_stash_bytes=held.peak_stash_bytes,
+            peak_stash_bytes=held.counters.peak_stash_bytes,
         )
         for index, held in enumerate(run.stages)
     )
 
 
-def gradient_bytes(passes: Passes, run: Run, place: int) -> int:
-    """Bytes of the gradients at a place; 0 if they are applied where they are made."""
-    return 0 if "FBU" in passes.kinds[place] else run.stages[place].weight_bytes
+def gradient_bytes(passes: Passes, run: Run, replica: int) -> int:
+    """Bytes of the gradients of a replica; 0 if they are applied where they are made."""
+    return 0 if "FBU" in passes.kinds[replica] else run.stages[replica].counters.weight_bytes
 
 
 @dataclass(frozen=True)
@@ -81,33 +82,37 @@ class Counts:
         link_bytes: bytes that each worker sent to each other one, by (source, target).
         peak_bytes: for each worker the most that it held of its stages: versions of the weights,
             optimizer state, gradients and stash.
+        num_recompilations: how often programs for a batch shape were compiled again, as there were
+            too many shapes to keep those of all.
     """
 
     actions: tuple[dict[str, int], ...]
     link_bytes: dict[tuple[int, int], int]
     peak_bytes: tuple[int, ...]
+    num_recompilations: int = 0
 
 
-def count(passes: Passes, run: Run) -> Counts:
+def count(passes: Programs, run: Run, num_recompilations: int = 0) -> Counts:
     """What `run` counted so far; gradients are those of the last minibatch's programs."""
-    places = passes.places
-    found: list[Counter[str]] = [Counter() for _ in places.replicas]
-    for stage, state in zip(places.stage_of, run.stages, strict=True):
-        for kinds, times in state.performed.items():
+    assert isinstance(passes, Passes), "programs of a training"
+    replicas = passes.replicas
+    found: list[Counter[str]] = [Counter() for _ in replicas.num_replicas]
+    for stage, state in zip(replicas.stage_of, run.stages, strict=True):
+        for kinds, times in state.counters.performed.items():
             found[stage].update(dict.fromkeys(kinds, times))
     actions = [dict(sorted(each.items())) for each in found]
     links: Counter[tuple[int, int]] = Counter()
     for (source, target), size in run.sent_bytes.items():
-        pair = places.worker_of[source], places.worker_of[target]
+        pair = replicas.worker_of[source], replicas.worker_of[target]
         if pair[0] != pair[1]:
             links[pair] += size
     peaks = []
     for worker, tally in enumerate(run.workers):
-        held = [at for at, where in enumerate(places.worker_of) if where == worker]
-        fixed = sum(_bytes(run.stages[at].optimizer) for at in held)
+        held = [at for at, where in enumerate(replicas.worker_of) if where == worker]
+        fixed = sum(_bytes(run.stages[at].lasting.optimizer) for at in held)
         fixed += sum(gradient_bytes(passes, run, at) for at in held)
         peaks.append(fixed + tally.peak_bytes)
-    return Counts(tuple(actions), dict(sorted(links.items())), tuple(peaks))
+    return Counts(tuple(actions), dict(sorted(links.items())), tuple(peaks), num_recompilations)
 
 
 def _bytes(leaves: Values) -> int:

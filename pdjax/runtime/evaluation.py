@@ -1,4 +1,4 @@
-"""Forward-only runs through the stages, for evaluation."""
+"""Forward-only runs through the stages, for evaluation: a schedule without backward passes."""
 
 from __future__ import annotations
 
@@ -7,35 +7,68 @@ from typing import Any
 
 from jax.sharding import Sharding
 
-from pdjax import schedules
-from pdjax.communication.transport import Transport
+from pdjax.communication.transport import Renumbered, Transport
+from pdjax.runtime.binder import Binder, StageBinding
+from pdjax.runtime.executor import Executor
+from pdjax.runtime.inputs import Given, Reads
+from pdjax.runtime.listing import Listing
 from pdjax.runtime.metrics import Results
-from pdjax.runtime.microbatches import Intake, Slicing
+from pdjax.runtime.microbatches import MicrobatchSlicer, Slicing
+from pdjax.runtime.replica_map import ReplicaMap
+from pdjax.runtime.routing import find_forward_routes
 from pdjax.runtime.stage import OutputIndex
-from pdjax.split.differentiate import forward_only
-from pdjax.split.stages import StageSplit
-from pdjax.trace import jaxprs
-from pdjax.trace.jaxprs import Var
+from pdjax.runtime.state import Feed, LastingState, Run, StageState, WorkerTally
+from pdjax.schedules import forward_only
+from pdjax.schedules.lower import StageInterface, lower_cycle
+from pdjax.schedules.weight_rule import LATEST
+from pdjax.split import differentiate
+from pdjax.split.stages import Stage, StageSplit
 from pdjax.trace.jit import Values, jit_on
+
+
+class ForwardRunner:
+    """The compiled forward pass of one stage that changes nothing.
+
+    ``forward(weights, given, received)`` returns its outputs in the order of `forward_outputs`.
+    """
+
+    def __init__(self, split: StageSplit, stage: Stage, placement: Sharding) -> None:
+        self._inputs, self._program = differentiate.forward_only(split, stage)
+        self.forward_outputs = OutputIndex(self._program)
+        read = set(self._program.reads)
+        groups = {name: not read.isdisjoint(self._inputs[name]) for name in Reads._fields}
+        self.forward_reads = Reads(**groups)
+        self.forward = jit_on(self._forward, placement)
+
+    def _forward(self, weights: Values, given: Given, received: Values) -> Values:
+        groups = {"params": weights, "receives": received, **given._asdict()}
+        values = {
+            var: value
+            for name, variables in self._inputs.items()
+            for var, value in zip(variables, groups[name] or (None,) * len(variables), strict=True)
+        }
+        return self.forward_outputs.distinct(self._program.run(values))
 
 
 class Evaluation:
     """The compiled forward passes of all stages for one shape of batch.
 
-    It runs the schedule `pdjax.schedules.forward_only`.
+    It runs the schedule `pdjax.schedules.forward_only` in the loop that training steps run in.
 
     Args:
         split: the loss function, cut into stages.
-        where: for each stage the place that runs it.
-        placements: where the places are.
-        consts: for each place the closed-over arrays that its stage reads.
+        where: for each stage the replica that runs it.
+        placements: where the replicas are.
+        consts: for each replica the closed-over arrays that its stage reads.
         slicing: how a batch divides into microbatches.
         metric_axes: the axes along which metrics of microbatches are concatenated, or None.
-        transport: how values travel.
+        transport: how values travel between the replicas.
 
     Attributes:
         split: the loss function, cut into stages.
         metrics_tree: the structure of the metrics, or None if there are none.
+        listing: what this process does with every batch.
+        results: puts a batch's loss and metrics together.
     """
 
     def __init__(
@@ -48,37 +81,36 @@ class Evaluation:
         metric_axes: Sequence[int | None],
         transport: Transport,
     ) -> None:
-        self.split = split
+        self.split, self._slicing, self._where = split, slicing, where
         self.metrics_tree = split.traced.metrics_tree
-        self._where = where
-        self._here = [transport.here[at] for at in where]
-        self._consts = consts
-        self._slicing = slicing
-        self._transport = transport
-        self._order = schedules.dispatch_order(
-            schedules.forward_only(len(split.stages), slicing.num_microbatches)
+        schedule = forward_only(len(split.stages), slicing.num_microbatches)
+        transport = Renumbered(transport, where)
+        self._is_local = transport.is_local
+        self._executor = Executor(schedule, LATEST, transport)
+        chosen = [placements[replica] for replica in where]
+        self._slicers = [MicrobatchSlicer(each, keeps_in_place=True) for each in chosen]
+        self.results = Results(split, slicing.num_microbatches, metric_axes, chosen[-1])
+        routes = find_forward_routes(split)
+        interfaces = [StageInterface(each.forward_bytes) for each in routes]
+        bindings = [
+            StageBinding(
+                ForwardRunner(split, stage, chosen[at]),
+                routes[at],
+                consts[where[at]],
+                stage.state,
+                (),
+            )
+            for at, stage in enumerate(split.stages)
+        ]
+        binder = Binder(
+            lower_cycle(schedule, LATEST, interfaces),
+            schedule.cycle,
+            bindings,
+            ReplicaMap.of(schedule),
+            self._is_local,
+            len(split.results),
         )
-        self._intakes = [Intake(placements[at], keeps_in_place=True) for at in where]
-        self._indices, self._runs, self._picked = [], [], []
-        for stage, at in zip(split.stages, where, strict=True):
-            inputs, program = forward_only(split, stage)
-            index = OutputIndex(program)
-            order = [var for group in inputs.values() for var in group]
-            read = set(program.reads)
-            picked = tuple(at for at, var in enumerate(order) if var in read)
-
-            def run(
-                values: Values,
-                names: Any = tuple(order[at] for at in picked),
-                program: Any = program,
-                index: Any = index,
-            ) -> Values:
-                return index.distinct(program.run(dict(zip(names, values, strict=True))))
-
-            self._indices.append(index)
-            self._runs.append(jit_on(run, placements[at]))
-            self._picked.append(picked)
-        self._results = Results(split, slicing.num_microbatches, metric_axes, placements[where[-1]])
+        self.listing: Listing = binder.listing()
 
     def run(
         self,
@@ -90,64 +122,28 @@ class Evaluation:
         """Dispatches the forward passes; returns the loss and the metrics' leaves.
 
         Args:
-            weights: for each stage its parameter leaves.
-            model: for each stage the leaves of the mutable state that it reads.
+            weights: for each stage its parameter leaves; of one in another process None.
+            model: for each stage the leaves of the mutable state that it reads, likewise.
             batch: the batch leaves.
-            keys: for each place the random key.
+            keys: for each replica the random key.
         """
         parts = [
-            intake.take(batch, stage.batch, self._slicing) if here else []
-            for stage, intake, here in zip(
-                self.split.stages, self._intakes, self._here, strict=True
+            slicer.slice(batch, stage.batch, self._slicing) if local else []
+            for stage, slicer, local in zip(
+                self.split.stages, self._slicers, self._is_local, strict=True
             )
         ]
-        count = self._slicing.num_microbatches
-        received: list[list[dict[Var, Any]]] = [[{} for _ in range(count)] for _ in self._where]
-        results: list[dict[int, Any]] = [{} for _ in range(count)]
-        for _, at, microbatch in self._order:
-            stage, outputs = self.split.stages[at], None
-            if self._here[at]:
-                values = (
-                    *weights[at],
-                    *self._consts[self._where[at]],
-                    *model[at],
-                    *parts[at][microbatch],
-                    *((keys[self._where[at]],) if stage.uses_key else ()),
-                    *(received[at][microbatch].pop(var) for var in stage.receives),
-                )
-                outputs = self._runs[at](tuple(values[i] for i in self._picked[at]))
-            self._send(at, outputs, [boxes[microbatch] for boxes in received])
-            self._send_results(at, outputs, results[microbatch])
-        return self._collect(results)
+        feed = Feed(self, parts, [keys[replica] for replica in self._where])
+        return self._executor.step(self._new_run(weights, model), feed)
 
-    def _send(self, at: int, outputs: Values | None, boxes: Sequence[dict[Var, Any]]) -> None:
-        """Brings what a stage made to those that read it."""
-        stage = self.split.stages[at]
-        for later in sorted({target for targets in stage.targets for target in targets}):
-            sent = [n for n, targets in enumerate(stage.targets) if later in targets]
-            variables = [stage.sends[n] for n in sent]
-            values = None
-            if outputs is not None:
-                values = [outputs[self._indices[at].sends[n]] for n in sent]
-            shapes = list(map(jaxprs.shape_of, variables))
-            moved = self._transport.move(values, shapes, self._where[at], self._where[later])
-            if moved is not None:
-                boxes[later].update(zip(variables, moved, strict=True))
-
-    def _send_results(self, at: int, outputs: Values | None, results: dict[int, Any]) -> None:
-        stage = self.split.stages[at]
-        if not stage.outputs:
-            return
-        values = None
-        if outputs is not None:
-            values = [outputs[i] for i in self._indices[at].results]
-        shapes = [jaxprs.shape_of(self.split.results[i]) for i in stage.outputs]
-        moved = self._transport.move(values, shapes, self._where[at], self._where[-1])
-        if moved is not None:
-            results.update(zip(stage.outputs, moved, strict=True))
-
-    def _collect(self, results: Sequence[dict[int, Any]]) -> tuple[Any, Values]:
-        """The loss and the metrics of the batch, in every process."""
-        made = self._results.of_minibatch(results) if self._here[-1] else None
-        found = self._transport.broadcast(made, self._results.shapes, self._where[-1])
-        return found[0], tuple(found[1 + self._results.weighted :])
+    def _new_run(self, weights: Sequence[Sequence[Any]], model: Sequence[Sequence[Any]]) -> Run:
+        """A run that holds the weights for one step."""
+        stages = [
+            StageState(
+                LastingState(tuple(weights[at]), (), dict(zip(stage.state, model[at], strict=True)))
+                if self._is_local[at]
+                else LastingState((), (), {})
+            )
+            for at, stage in enumerate(self.split.stages)
+        ]
+        return Run(stages, [WorkerTally(0) for _ in stages], tuple(range(len(stages))))

@@ -1,4 +1,4 @@
-"""What each place holds before the first step: weights, optimizer state, mutable state."""
+"""What each replica holds before the first step: weights, optimizer state, mutable state."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import jax
 import optax
 from jax.sharding import Sharding
 
-from pdjax.runtime.state import StageState
-from pdjax.split.optimizer import StageUpdate
+from pdjax.runtime.replica_map import ReplicaMap
+from pdjax.runtime.state import LastingState, Run, StageState, WorkerTally
+from pdjax.split.optimizer import StageUpdate, UpdateSplit
 from pdjax.split.traced_update import init_program
 from pdjax.trace import inline
 from pdjax.trace.inline import InlinedProgram
@@ -20,7 +21,7 @@ from pdjax.trees import is_function, place
 
 
 class Starter:
-    """Makes what places hold, each leaf where it lives and nowhere else.
+    """Makes what replicas hold, each leaf where it lives and nowhere else.
 
     Args:
         optimizer: the optimizer.
@@ -39,8 +40,8 @@ class Starter:
         self._params, self._state = _source(params), _source(model_state)
         self._init, _ = init_program(optimizer, shapes)
 
-    def start(self, mine: StageUpdate, state: Sequence[int], placement: Sharding) -> StageState:
-        """What one place holds.
+    def start(self, mine: StageUpdate, state: Sequence[int], placement: Sharding) -> LastingState:
+        """What one replica holds.
 
         Args:
             mine: the update of its stage.
@@ -49,7 +50,7 @@ class Starter:
         """
         weights = self._params.take(mine.params, placement)
         model = dict(zip(state, self._state.take(state, placement), strict=True))
-        return StageState(weights, self._optimizer_state(mine, weights, placement), model)
+        return LastingState(weights, self._optimizer_state(mine, weights, placement), model)
 
     def _optimizer_state(self, mine: StageUpdate, weights: Values, placement: Sharding) -> Values:
         init = self._init
@@ -62,9 +63,40 @@ class Starter:
         return _run(program, values, placement)
 
 
+def start_run(
+    starter: Starter,
+    update: UpdateSplit,
+    state_homes: Sequence[Sequence[int]],
+    replicas: ReplicaMap,
+    placements: Sequence[Sharding | None],
+    num_workers: int,
+) -> Run:
+    """What all replicas hold before the first step.
+
+    Args:
+        starter: makes what one replica holds.
+        update: the optimizer, cut into stages.
+        state_homes: for each leaf of the mutable state the stages that hold it.
+        replicas: where the stages are.
+        placements: for each replica its devices; None for one in another process.
+        num_workers: number of workers.
+    """
+    stages = []
+    for stage, placement in zip(replicas.stage_of, placements, strict=True):
+        state = [i for i, homes in enumerate(state_homes) if stage in homes]
+        made = LastingState((), (), {})
+        if placement is not None:
+            made = starter.start(update.stages[stage], state, placement)
+        stages.append(StageState(made))
+    workers = [0] * num_workers
+    for held, worker in zip(stages, replicas.worker_of, strict=True):
+        workers[worker] += held.lasting.weight_bytes
+    return Run(stages, list(map(WorkerTally, workers)), replicas.worker_of)
+
+
 class _Source(Protocol):
     def take(self, indices: Sequence[int], placement: Sharding) -> Values:
-        """Some of the leaves, at a place."""
+        """Some of the leaves, on the devices of a replica."""
         ...
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -55,15 +55,13 @@ class Results:
         ]
         self._combine = jit_on(self._combined, placement)
 
-    def of_minibatch(self, microbatches: Sequence[Mapping[int, Any]]) -> Values:
+    def of_minibatch(self, microbatches: Sequence[Values]) -> Values:
         """The results of a minibatch.
 
         Args:
-            microbatches: for each microbatch what stages made of its results, by position.
+            microbatches: for each microbatch its results; None where they are known beforehand.
         """
-        everything = range(len(self._made))
-        whole = [self._constants | dict(made) for made in microbatches]
-        results = [tuple(each[at] for at in everything) for each in whole]
+        results = list(map(self._completed, microbatches) if self._constants else microbatches)
         return results[0] if self._are_those_of_one else self._combine(results)
 
     @cached_property
@@ -78,6 +76,10 @@ class Results:
     def _are_those_of_one(self) -> bool:
         """Whether nothing has to be put together."""
         return self._num_microbatches == 1 and not self.weighted
+
+    def _completed(self, made: Values) -> Values:
+        """The results of a microbatch with those that are known beforehand."""
+        return tuple(self._constants.get(at, value) for at, value in enumerate(made))
 
     @cached_property
     def _constants(self) -> dict[int, Any]:

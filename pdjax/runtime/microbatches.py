@@ -1,4 +1,4 @@
-"""Takes minibatches in: copies, moves and divides them."""
+"""Divides minibatches into microbatches, on the devices of the stages that read them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Slicing:
     axes: tuple[int | None, ...]
 
 
-class Intake:
+class MicrobatchSlicer:
     """Brings batch leaves to one stage, each microbatch's part by itself.
 
     What it returns is its own: written memory of the host is not looked at again, and an array
@@ -42,7 +42,7 @@ class Intake:
         self._keeps_in_place = keeps_in_place
         self._divide = jit_on(_divide, placement, static=(0, 1, 2))
 
-    def take(
+    def slice(
         self,
         leaves: Sequence[Any],
         indices: Sequence[int],
@@ -59,19 +59,19 @@ class Intake:
         """
         count = slicing.num_microbatches
         wanted = tuple(range(count) if turns is None else turns)
-        mine = [leaves[i] for i in indices]
+        chosen = [leaves[i] for i in indices]
         axes = tuple(slicing.axes[i] for i in indices)
-        if not mine or not wanted:
+        if not chosen or not wanted:
             return [()] * count
-        if count == 1 and self._keeps_in_place and all(map(self._is_here, mine)):
-            return [tuple(mine)]
-        whole, parts = self._divide(count, axes, wanted, *mine)
+        if count == 1 and self._keeps_in_place and all(map(self._is_in_place, chosen)):
+            return [tuple(chosen)]
+        whole, parts = self._divide(count, axes, wanted, *chosen)
         found: list[Any] = [None] * count
         for index, part in zip(wanted, parts, strict=True):
             found[index] = _merge(axes, whole, part) if whole else part
         return found
 
-    def _is_here(self, leaf: Any) -> bool:
+    def _is_in_place(self, leaf: Any) -> bool:
         return isinstance(leaf, jax.Array) and leaf.sharding == self._placement
 
 

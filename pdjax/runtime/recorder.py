@@ -18,10 +18,10 @@ from typing import Any
 import jax
 
 from pdjax.distributed import Peers
-from pdjax.runtime.programs import InstructionKind
-from pdjax.runtime.replica_map import Places
+from pdjax.runtime.replica_map import ReplicaMap
 from pdjax.schedules import Schedule
 from pdjax.schedules.action import KINDS, Result
+from pdjax.schedules.lower import ProgramKind
 from pdjax.timeline.timeline import Span, Timeline, actions_of
 
 
@@ -29,7 +29,7 @@ from pdjax.timeline.timeline import Span, Timeline, actions_of
 class Event:
     """A program that was dispatched; `done_s` is set when its results are ready."""
 
-    kind: InstructionKind
+    kind: ProgramKind
     worker: int
     stage: int
     microbatch: int
@@ -55,7 +55,7 @@ class Recorder:
         for leaf in weights:
             _touch(leaf)
         self._schedule = schedule
-        self._places = Places.of(schedule)
+        self._replicas = ReplicaMap.of(schedule)
         self._events: list[Event] = []
         self._queues: list[queue.SimpleQueue[tuple[Event, Any] | None]] = []
         self._threads: list[threading.Thread] = []
@@ -66,9 +66,9 @@ class Recorder:
             self._queues.append(waiting)
             self._threads.append(thread)
 
-    def observe(self, kind: InstructionKind, place: int, microbatch: int, outputs: Any) -> None:
+    def observe(self, kind: ProgramKind, replica: int, microbatch: int, outputs: Any) -> None:
         """Notes that a program was dispatched, and waits for it elsewhere."""
-        stage, worker = self._places.stage_of[place], self._places.worker_of[place]
+        stage, worker = self._replicas.stage_of[replica], self._replicas.worker_of[replica]
         event = Event(kind, worker, stage, microbatch, time.perf_counter())
         self._events.append(event)
         self._queues[worker].put((event, _lasting(kind, outputs)))
@@ -134,7 +134,7 @@ def _inputs_ready(event: Event, ends: Ends) -> float:
     return max(ready, default=0.0)
 
 
-def _lasting(kind: InstructionKind, outputs: Any) -> Any:
+def _lasting(kind: ProgramKind, outputs: Any) -> Any:
     """One of the outputs of a program that no later program takes over.
 
     Gradients and weights are donated to later programs: a value made of them stands for them.

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pdjax.schedules import Schedule
-from pdjax.schedules.action import KINDS
 from pdjax.schedules.columns import Columns
+from pdjax.schedules.lower import stash_changes
 from pdjax.schedules.versions import delay_of, version_changes
 from pdjax.schedules.weight_rule import LATEST, WeightRule
 from pdjax.simulate.stage_cost import StageCost, check_costs
@@ -77,12 +77,8 @@ def holding_of(
         costs: of each stage.
         rule: which versions of the weights are needed.
     """
-    stash = np.array([_whole(cost.stash_bytes) for cost in costs])
-    held = np.array([_whole(cost.held_bytes) for cost in costs])
     params = np.array([_whole(cost.param_bytes) for cost in costs])
-    kinds = np.stack([row.stash * stash + row.pending * held for row in KINDS.values()])
-    activations = kinds[columns.kind, columns.stage]
-    activations[_never_needed(columns, len(costs))] = 0
+    activations = stash_changes(columns, costs)
     delay = delay_of(rule, schedule)
     alive = version_changes(columns, rule, schedule.num_microbatches, delay)
     weights = alive * params[columns.stage]
@@ -102,16 +98,6 @@ def _running(steps: np.ndarray, columns: Columns) -> np.ndarray:
     sums = np.cumsum(steps)
     before = np.concatenate([[0], sums])[columns.starts[:-1]]
     return sums - before[columns.worker]
-
-
-def _never_needed(columns: Columns, num_stages: int) -> np.ndarray:
-    """The forward passes that no backward pass follows, and that need keep nothing."""
-    span = columns.microbatch.max(initial=-1) + 1
-    slot = columns.stage * span + columns.microbatch
-    back = np.zeros(num_stages * span, bool)
-    steps = np.array([row.stash for row in KINDS.values()])[columns.kind]
-    back[slot[steps < 0]] = True
-    return np.flatnonzero((steps > 0) & ~back[slot])
 
 
 def _whole(size: float) -> int:

@@ -79,7 +79,7 @@ def measure_between_processes(peers: Peers, num_bytes: int = 2**24, repeats: int
     places = [SingleDeviceSharding(first[process]) for process in range(peers.num_processes)]
     transport = RemoteTransport(places, peers)
     data = jax.device_put(np.ones(num_bytes, np.uint8), places[peers.process_id])
-    (seconds,) = _median_s([partial(_pass_on, transport, data)], repeats, transport.meet)
+    (seconds,) = _median_s([partial(_pass_on, transport, data)], repeats, transport.barrier)
     return num_bytes / max(peers.exchange("seconds on the slowest link", seconds))
 
 
@@ -89,12 +89,12 @@ def _pass_on(transport: Transport, data: jax.Array) -> Sequence[jax.Array] | Non
     Every second link comes first: where a process does one after the other, all links of a half are
     busy at once.
     """
-    count, received = len(transport.here), None
+    count, received = len(transport.is_local), None
     for source in (*range(0, count, 2), *range(1, count, 2)):
         target = (source + 1) % count
-        mine = [data] if transport.here[source] else None
-        moved = transport.move(mine, [data], source, target)
-        if transport.here[target]:
+        mine = [data] if transport.is_local[source] else None
+        moved = transport.send_recv(mine, [data], source, target)
+        if transport.is_local[target]:
             received = moved
     return received
 

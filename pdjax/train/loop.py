@@ -135,7 +135,7 @@ class TrainingLoop:
 
 def _wait_for(state: pdjax.PipelineState) -> None:
     """Returns when the weights of this process are ready; no other has to send it any."""
-    jax.block_until_ready([held.weights for held in state.run.stages])
+    jax.block_until_ready([held.lasting.weights for held in state.run.stages])
 
 
 def evaluate(

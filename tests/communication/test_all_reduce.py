@@ -18,7 +18,6 @@ from pdjax.communication.all_reduce import AllReduce, MeanOfState, SumOnEach, fi
 from pdjax.communication.ring import Replicas, RingReduce
 from pdjax.communication.transport import LocalTransport
 from pdjax.pipeline import prepared
-from pdjax.runtime.state import StageState
 
 KEY = jax.random.key(0)
 SHAPES = {"scalar": (), "vector": (3,), "another scalar": (), "none": (0, 2), "matrix": (2, 3)}
@@ -112,9 +111,9 @@ class Counting(LocalTransport):
         super().__init__(num_places)
         self.sent: list[list[int]] = []
 
-    def move(self, values, shapes, source, target):
+    def send_recv(self, values, shapes, source, target):
         self.sent.append([value.nbytes for value in values or ()])
-        return super().move(values, shapes, source, target)
+        return super().send_recv(values, shapes, source, target)
 
 
 def sent_by_ring(count: int, shapes) -> list[list[int]]:
@@ -203,8 +202,7 @@ def test_scalar_parameters_of_a_replicated_stage():
 
 
 def state_on(place, **leaves):
-    model = {at: jax.device_put(leaf, place) for at, leaf in enumerate(leaves.values())}
-    return StageState((), (), model)
+    return {at: jax.device_put(leaf, place) for at, leaf in enumerate(leaves.values())}
 
 
 def test_mutable_state_that_has_no_mean_is_left_as_it_is(compilations):
@@ -212,11 +210,11 @@ def test_mutable_state_that_has_no_mean_is_left_as_it_is(compilations):
     places, _ = parts_on(2)
     states = [state_on(place, count=np.int32(3 + at)) for at, place in enumerate(places)]
     shapes = {0: jax.ShapeDtypeStruct((), jnp.int32)}
-    before = [dict(state.model) for state in states]
+    before = [dict(state) for state in states]
     compilations.clear()
     mean = MeanOfState(here(places), shapes)
-    mean([state.model for state in states])
-    assert [state.model for state in states] == before
+    mean(states)
+    assert states == before
     assert list(mean.lowerings()) == []
     assert compilations == []
 
@@ -227,9 +225,9 @@ def test_scalars_of_the_mutable_state_are_averaged_and_counters_kept():
         state_on(place, mean=np.float32(1 + 2 * at), count=np.int32(3), row=np.full(2, at * 1.0))
         for at, place in enumerate(places)
     ]
-    shapes = {at: jax.ShapeDtypeStruct(x.shape, x.dtype) for at, x in states[0].model.items()}
-    MeanOfState(here(places), shapes)([state.model for state in states])
+    shapes = {at: jax.ShapeDtypeStruct(x.shape, x.dtype) for at, x in states[0].items()}
+    MeanOfState(here(places), shapes)(states)
     for state in states:
         expected = {0: np.float32(2), 1: np.int32(3), 2: np.full(2, 0.5, np.float32)}
-        chex.assert_trees_all_equal(jax.device_get(state.model), expected)
-        assert state.model[0].shape == ()
+        chex.assert_trees_all_equal(jax.device_get(state), expected)
+        assert state[0].shape == ()

@@ -25,7 +25,7 @@ def test_a_way_to_travel_that_is_not_there(value, message, monkeypatch):
     monkeypatch.setenv(p2p.VARIABLE, value)
     peers: Any = SimpleNamespace(exchange=None)  # it is refused before anybody is asked
     with pytest.raises(ValueError, match=message):
-        p2p.find_wire([], peers, 0)
+        p2p.find_backend([], peers, 0)
 
 
 class Slow:
@@ -64,7 +64,7 @@ def test_device_put_is_chosen_between_two_processes(num_processes, expected, mon
     monkeypatch.delenv(p2p.VARIABLE, raising=False)
     monkeypatch.setattr(p2p, "_can_put", lambda: True)
     place = SingleDeviceSharding(jax.devices()[0])
-    ends = [p2p.End(number, place) for number in (0, *range(num_processes))]
+    ends = [p2p.Endpoint(number, place) for number in (0, *range(num_processes))]
     asked = []
 
     def exchange(about, mine):
@@ -73,7 +73,7 @@ def test_device_put_is_chosen_between_two_processes(num_processes, expected, mon
 
     peers: Any = SimpleNamespace(exchange=exchange)
     with pytest.raises(StopIteration):
-        p2p.find_wire(ends, peers, 0)
+        p2p.find_backend(ends, peers, 0)
     assert asked == [expected]
 
 
@@ -95,7 +95,7 @@ def test_arrays_that_cannot_get_through_are_noticed_at_once(trouble, monkeypatch
     monkeypatch.setattr(p2p, "_server", lambda address: server)
     monkeypatch.setattr(p2p, "_GREETING_S", 0.2)
     place = SingleDeviceSharding(jax.devices()[0])
-    ends = [p2p.End(number, place) for number in (0, 1)]
+    ends = [p2p.Endpoint(number, place) for number in (0, 1)]
     peers: Any = SimpleNamespace(
         process_id=0,
         num_processes=2,
@@ -105,5 +105,5 @@ def test_arrays_that_cannot_get_through_are_noticed_at_once(trouble, monkeypatch
     )
     text = rf"nothing from process 1 on other, .* at there:2, within 0.2 s \({trouble}\)"
     with pytest.raises(ClusterError, match=text):
-        p2p.TransferWire(ends, peers, 0)
+        p2p.TransferBackend(ends, peers, 0)
     done.set()

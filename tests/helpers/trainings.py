@@ -147,7 +147,7 @@ def run_made(given: Literal["functions", "arrays"]) -> Found:
         state = pipe.init(params, batch, model_state=state)
     found: Found = {}
     stages = jax.tree.leaves(pipe.stage_of_parameters())
-    for stage, mine in enumerate(state.run.stages):
+    for stage, mine in enumerate(held.lasting for held in state.run.stages):
         if mine.weights:
             own = sum(size for at, size in zip(stages, sizes, strict=True) if at == stage)
             found[f"own/weights {stage}"] = np.asarray(own)
@@ -246,7 +246,7 @@ def compilations() -> Iterator[list[str]]:
 def _slow_down(executor: Any) -> None:
     """Makes a transport wait now and then, as a slow link does."""
     chance = random.Random(0)
-    move = executor._transport.move
+    move = executor.transport.send_recv
 
     def slow(values: Any, shapes: Any, source: int, target: int) -> Any:
         if chance.random() < 0.3:
@@ -254,7 +254,7 @@ def _slow_down(executor: Any) -> None:
             time.sleep(chance.random() / 100)
         return move(values, shapes, source, target)
 
-    executor._transport.move = slow
+    executor.transport.send_recv = slow
 
 
 # ---------------------------------------------------------------- models

@@ -156,7 +156,7 @@ def test_the_planner_may_leave_devices_idle(measured, cache_directory):
     pipe = make_pipe(topology="4@1kB/s")
     state = pipe.init(CASE.params, BATCH)
     assert pipe.plan.num_stages == 1
-    assert {leaf.device for leaf in state.run.stages[0].weights} == {jax.devices()[0]}
+    assert {leaf.device for leaf in state.run.stages[0].lasting.weights} == {jax.devices()[0]}
     pipe = make_pipe(topology="4@100TB/s", num_microbatches=8)
     pipe.init(CASE.params, BATCH)
     assert pipe.plan.num_stages > 1
@@ -169,7 +169,7 @@ def test_stages_go_to_their_workers(measured, cache_directory):
     workers = [stage.workers[0] for stage in pipe.plan.stages]
     assert 0 not in workers
     for worker, stage in zip(workers, state.run.stages, strict=True):
-        assert {leaf.device for leaf in stage.weights} == {jax.devices()[worker]}
+        assert {leaf.device for leaf in stage.lasting.weights} == {jax.devices()[worker]}
 
 
 def test_stages_recompute_where_memory_is_short(measured, cache_directory):

@@ -44,7 +44,7 @@ def test_a_second_step_compiles_nothing(schedule, compilations):
     for seed in range(1, 6):
         state, _ = pipe.step(state, zoo.dense_blocks().make_batch(4, seed))
     state = pipe.drain(state)
-    jax.block_until_ready(state.run.stages[0].weights)
+    jax.block_until_ready(state.run.stages[0].lasting.weights)
     assert compilations == []
 
 

@@ -22,8 +22,8 @@ import zoo
 
 import pdjax
 from pdjax.communication import p2p
-from pdjax.runtime.gather import Holdings
-from pdjax.runtime.replica_map import Places
+from pdjax.runtime.gather import Gather
+from pdjax.runtime.replica_map import ReplicaMap
 from pdjax.topology import measure
 from pdjax.topology.topology import Level
 
@@ -205,15 +205,15 @@ def test_what_is_sent_to_be_evaluated_is_a_copy():
     """A step may donate what is held before it has arrived."""
 
     class Elsewhere:
-        here = (True, False)
+        is_local = (True, False)
 
-        def move(self, values, shapes, source, target):
+        def send_recv(self, values, shapes, source, target):
             self.moved = [value.unsafe_buffer_pointer() for value in values]
             assert (shapes, source, target) == (["shape"], 0, 1)
 
     held, transport = jnp.arange(3.0), Elsewhere()
-    places, run = Places((0, 1), (0, 1)), SimpleNamespace(stages=[None, None])
-    given: Any = places, [(0,)], ["shape"], lambda *_: held, transport
-    assert Holdings(*given).at(cast(Any, run), 0, 1) is None
+    run = SimpleNamespace(stages=[SimpleNamespace(lasting=None)] * 2)
+    given: Any = ReplicaMap((0, 1), (0, 1)), [(0,)], ["shape"], lambda *_: held, transport
+    assert Gather(*given).at(cast(Any, run), 0, 1) is None
     assert transport.moved != [held.unsafe_buffer_pointer()]
     assert not held.is_deleted()

@@ -78,7 +78,7 @@ def test_as_many_stages_as_the_devices_take():
     state = pipe.init(CASE.params, batch)
     assert pipe.plan.num_stages == 6
     assert pipe.schedule.num_microbatches == 12  # four for each device
-    where = [next(iter(held.weights[0].devices())).id for held in state.run.stages]
+    where = [next(iter(held.lasting.weights[0].devices())).id for held in state.run.stages]
     assert where == [0, 1, 2, 2, 1, 0]
 
 

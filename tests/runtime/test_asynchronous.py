@@ -149,14 +149,14 @@ def test_a_drain_leaves_nothing_behind():
     state = pipe.init(case.params, batch)
     for _ in range(6):
         state, _ = pipe.step(state, batch)
-    before = [len(held.stash) for held in state.run.stages]
+    before = [len(held.in_flight.stash) for held in state.run.stages]
     state = pipe.drain(state)
     assert before == [3, 2, 1, 0]
     for held in state.run.stages:
-        assert not held.stash
-        assert not held.inbox
-        assert not held.returned
-        assert held.version == 6
+        assert not held.in_flight.stash
+        assert not held.in_flight.activations
+        assert not held.in_flight.cotangents
+        assert held.lasting.version == 6
 
 
 def test_weights_are_stale_by_the_published_amount():
@@ -167,5 +167,5 @@ def test_weights_are_stale_by_the_published_amount():
     state = pipe.init(case.params, batch)
     for _ in range(8):
         state, _ = pipe.step(state, batch)
-    assert [held.version for held in state.run.stages] == [6, 7, 8]
-    assert [sorted(held.stash) for held in state.run.stages] == [[6, 7], [7], []]
+    assert [held.lasting.version for held in state.run.stages] == [6, 7, 8]
+    assert [sorted(held.in_flight.stash) for held in state.run.stages] == [[6, 7], [7], []]

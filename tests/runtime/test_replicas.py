@@ -20,6 +20,7 @@ import pdjax
 from pdjax import schedules
 from pdjax.communication.transport import LocalTransport
 from pdjax.profile.profile import LayerProfile
+from pdjax.runtime.replica_map import ReplicaMap
 from pdjax.simulate import peak_bytes
 
 KEY = jax.random.key(5)
@@ -57,11 +58,11 @@ class SlowTransport(LocalTransport):
         super().__init__(num_places)
         self._chance = random.Random(0)
 
-    def move(self, values, shapes, source, target):
+    def send_recv(self, values, shapes, source, target):
         if self._chance.random() < 0.3:
             jax.block_until_ready(values)
             time.sleep(self._chance.random() / 200)
-        return super().move(values, shapes, source, target)
+        return super().send_recv(values, shapes, source, target)
 
 
 def train(schedule, batches, drains=(), *, slow=False, **options):
@@ -69,7 +70,7 @@ def train(schedule, batches, drains=(), *, slow=False, **options):
     pipe = pdjax.Pipeline(case().loss_fn, OPTIMIZER, schedule=schedule, **options)
     state = pipe.init(case().params, batches[0], rng=KEY)
     if slow:
-        state.executor._transport = SlowTransport(sum(schedule.replicas))
+        state.executor.transport = SlowTransport(sum(schedule.replicas))
     losses = []
     for index, batch in enumerate(batches):
         if index in drains:
@@ -112,9 +113,9 @@ def compare_with_rounds(replicas, slack, num_minibatches, drains):
     chex.assert_trees_all_close(losses, expected, rtol=1e-10)
     chex.assert_trees_all_close(pipe.params(state), params, atol=1e-11, rtol=1e-10)
     for held in state.run.stages:
-        assert not held.stash
-        assert not held.inbox
-        assert not held.returned
+        assert not held.in_flight.stash
+        assert not held.in_flight.activations
+        assert not held.in_flight.cotangents
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_replicas_hold_the_same_weights(replicas):
     _, state, _ = train(schedule, batches)
     at = 0
     for count in replicas:
-        first, *others = state.run.stages[at : at + count]
+        first, *others = (held.lasting for held in state.run.stages[at : at + count])
         for other in others:
             chex.assert_trees_all_equal(
                 jax.device_get(first.weights), jax.device_get(other.weights)
@@ -150,9 +151,9 @@ def test_replicas_hold_the_same_weights(replicas):
 def test_each_replica_is_on_its_device_and_does_its_share():
     schedule = schedules.one_f_one_b(2, 6, replicas=(3, 1))
     pipe, state, _ = train(schedule, [case().make_batch(12, 0)])
-    where = [next(iter(held.weights[0].devices())).id for held in state.run.stages]
+    where = [next(iter(held.lasting.weights[0].devices())).id for held in state.run.stages]
     assert where == [0, 1, 2, 3]
-    done = [dict(held.performed) for held in state.run.stages]
+    done = [dict(held.counters.performed) for held in state.run.stages]
     assert done[:3] == [{"F": 2, "B": 2, "U": 1}] * 3
     assert done[3] == {"FB": 6, "U": 1}
     assert pipe.counts(state).actions == ({"B": 6, "F": 6, "U": 3}, {"B": 6, "F": 6, "U": 1})
@@ -165,14 +166,13 @@ def test_executed_order_is_planned_order():
     state = pipe.init(case().params, batch)
     seen: list[list[str]] = [[] for _ in schedule.workers]
 
-    def observe(kind, place, microbatch, made):
+    def observe(kind, replica, microbatch, made):
         del made
-        places = state_executor.places
-        worker, stage = places.worker_of[place], places.stage_of[place]
+        worker, stage = replicas.worker_of[replica], replicas.stage_of[replica]
         seen[worker] += [f"{stage}{letter}{microbatch}" for letter in kind]
 
-    state_executor = state.executor
-    state_executor.observer = observe
+    replicas = ReplicaMap.of(schedule)
+    state.executor.observer = observe
     for _ in range(8):
         state, _ = pipe.step(state, batch)
     pipe.drain(state)

@@ -113,7 +113,7 @@ def test_late_updates(replicas, lag, slack):
     )
     state = pipe.drain(state)
     chex.assert_trees_all_close(pipe.params(state), params, atol=1e-11, rtol=1e-10)
-    assert not any(held.gradients for held in state.run.stages)
+    assert not any(held.in_flight.gradients for held in state.run.stages)
 
 
 def test_a_late_update_hides_the_all_reduce():

@@ -97,15 +97,19 @@ def test_the_bytes_that_are_counted_are_those_of_the_arrays(name, remat):
         del kind, microbatch, made
         worker = pipe.schedule.worker_of(stage)
         held = [current.stages[s] for s in pipe.schedule.stages_of(worker)]
-        stash = [x for each in held for kept in each.stash.values() for x in kept.values]
-        stash += [x for each in held for kept in each.halfway.values() for x in kept.values]
+        stash = [x for each in held for kept in each.in_flight.stash.values() for x in kept.values]
+        stash += [
+            x for each in held for kept in each.in_flight.pending.values() for x in kept.values
+        ]
         assert sum(x.nbytes for x in stash) == current.workers[worker].stash_bytes
         most[worker] = max(most[worker], current.workers[worker].stash_bytes)
         versions = 0
         for each in held:
-            pinned = [e.weights for e in (*each.stash.values(), *each.halfway.values())]
-            alive = {id(w) for w in (each.weights, *each.older.values(), *pinned) if w}
-            versions += len(alive) * each.weight_bytes
+            lasting, waiting = each.lasting, each.in_flight
+            pinned = [e.weights for e in (*waiting.stash.values(), *waiting.pending.values())]
+            old = waiting.old_versions.values()
+            alive = {id(w) for w in (lasting.weights, *old, *pinned) if w}
+            versions += len(alive) * lasting.weight_bytes
         assert versions == current.workers[worker].version_bytes
 
     state.executor.observer = observe
@@ -197,11 +201,11 @@ def test_the_bytes_that_are_counted_are_those_that_are_sent(name):
     sent = Counter()
 
     class Counting(LocalTransport):
-        def move(self, values, shapes, source, target):
+        def send_recv(self, values, shapes, source, target):
             pair = pipe.schedule.worker_of(source), pipe.schedule.worker_of(target)
             sent[pair] += sum(value.nbytes for value in values or ()) * (pair[0] != pair[1])
-            return super().move(values, shapes, source, target)
+            return super().send_recv(values, shapes, source, target)
 
-    state.executor._transport = Counting(4)
+    state.executor.transport = Counting(4)
     state, _ = pipe.step(state, batch)
     assert pipe.counts(state).link_bytes == {pair: size for pair, size in sent.items() if size}

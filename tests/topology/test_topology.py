@@ -129,15 +129,15 @@ def test_processes_send_around_a_ring_and_the_slowest_counts(count, order, monke
     """
 
     class Ring:
-        here = (True,) + (False,) * (count - 1)
+        is_local = (True,) + (False,) * (count - 1)
 
         def __init__(self, places, peers):
             assert (len(places), peers.process_id) == (count, 0)
 
-        def meet(self):
+        def barrier(self):
             log.append("meet")
 
-        def move(self, values, shapes, source, target):
+        def send_recv(self, values, shapes, source, target):
             assert (values is None) == (source != 0)
             assert [(s.shape, s.dtype) for s in shapes] == [((60,), "uint8")]
             log.append((source, target))

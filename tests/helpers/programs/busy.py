@@ -30,13 +30,13 @@ if peers.process_id == 0:
     run = work.lower(large).compile()
     jax.block_until_ready((own, large))
     worked = run(large)
-    transport.move(own, shapes, 0, 1)
-    transport.meet()  # it is asked for from here on
+    transport.send_recv(own, shapes, 0, 1)
+    transport.barrier()  # it is asked for from here on
     peers.exchange("has arrived", None)
     assert not worked.is_ready(), "the arrays waited for the computation"
 else:
-    transport.meet()
-    came = transport.move(None, shapes, 0, 1)
+    transport.barrier()
+    came = transport.send_recv(None, shapes, 0, 1)
     assert came is not None
     for found, expected in zip(came, values, strict=True):
         np.testing.assert_array_equal(found, expected)
