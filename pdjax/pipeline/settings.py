@@ -171,8 +171,7 @@ def make_schedule(settings: Settings) -> tuple[Schedule, WeightRule]:
 def _schedule_options(settings: Settings, schedule: str) -> tuple[int, int]:
     """Slack and update lag: the given ones, or those of a plan for this schedule, or none."""
     slack, update_lag, plan = settings.slack, settings.update_lag, settings.plan
-    planned = isinstance(plan, Plan) and plan.prediction is not None
-    if planned and plan.prediction.schedule == schedule:
+    if isinstance(plan, Plan) and plan.prediction and plan.prediction.schedule == schedule:
         slack = plan.slack if slack is None else slack
         update_lag = plan.update_lag if update_lag is None else update_lag
     return slack or 0, update_lag or 0

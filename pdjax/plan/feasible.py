@@ -368,6 +368,6 @@ class FeasibilitySearch:
     def _in_time(self, replicas: range, rows: Rows, frame: SubProblem, remat: bool) -> np.ndarray:
         """The first layers from which stages are quick enough; shape (rows, replicas)."""
         sums = self.tables.stage_sums(frame.outer, remat)
-        limit_s, stop = frame.limit_of(rows[:, ORIGIN]), rows[:, FIRST]
+        limit_s, stop = np.asarray(frame.limit_of(rows[:, ORIGIN])), rows[:, FIRST]
         found = [np.minimum(sums.first(m, stop, limit_s * m), stop) for m in replicas]
         return np.stack(found, axis=1)

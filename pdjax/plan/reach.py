@@ -175,7 +175,7 @@ class Reach:
         m = np.arange(2, len(stops) + 1)[:, None]
         before = np.maximum(best - 1, 0)
         better = (best > 0) & sums.quick(m, before, stops[1:], limit_s * m)
-        for row in np.flatnonzero(better.any(axis=1)):
+        for row in np.flatnonzero(better.any(axis=1)).tolist():
             mine = np.flatnonzero(better[row])
             found = sums.first(row + 2, stops[row + 1, mine], limit_s[mine] * (row + 2))
             improved = found < best[mine]

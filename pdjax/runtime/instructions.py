@@ -19,7 +19,7 @@ the order of dispatch. All processes make their listings from one lowered schedu
 it runs, sends or receives itself, so that they send and receive in one order.
 
 Microbatches are counted from the first one of the minibatch that is handed over, updates from the
-first one of the cycle; ``print(listing)`` shows the work of every replica (`pdjax.runtime.listing`).
+first one of the cycle; ``print(listing)`` shows the work of each replica (`runtime.listing`).
 """
 
 from __future__ import annotations

@@ -113,8 +113,13 @@ class Passes:
         """For each stage the value of its first replica."""
         return [values[held[0]] for held in map(self.replicas.of_stage, range(len(self.routes)))]
 
-    @cached_property
+    @property
     def listing(self) -> Listing:
+        """What this process does with every minibatch; bound when it is first asked for."""
+        return self._listing
+
+    @cached_property
+    def _listing(self) -> Listing:
         """The instructions of this process."""
         schedule, replicas = self._schedule, self.replicas
         bindings = []

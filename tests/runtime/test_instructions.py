@@ -25,6 +25,7 @@ from pdjax.runtime.replica_map import ReplicaMap
 from pdjax.runtime.update import UpdateRunner
 from pdjax.schedules import ALGORITHMS, Schedule, one_f_one_b, pipedream
 from pdjax.schedules.weight_rule import LATEST, STASH, WeightRule
+from pdjax.split.differentiate import Remat
 from pdjax.split.optimizer import split_update
 from pdjax.split.stages import split
 from pdjax.trace.layers import build_graph
@@ -79,7 +80,7 @@ def passes_of(
         UpdateRunner(update, stage, device, donate_weights=rule == LATEST, divisor=divisor)
         for stage in replicas.stage_of
     ]
-    transport = LocalTransport(len(replicas))
+    transport: Any = LocalTransport(len(replicas))
     transport.is_local = is_local or transport.is_local
     reduces = {}
     for stage, count in enumerate(replicas.num_replicas):
@@ -88,13 +89,14 @@ def passes_of(
             shapes = [jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32)]
             found = find_reduce(Replicas(at, [device] * count, transport), shapes)
             reduces[stage] = found, None
+    remat: list[Remat] = ["none"] * schedule.num_stages
     return Passes(
         stages,
         [device] * len(replicas),
         schedule,
         rule,
         Slicing(schedule.num_microbatches, (0, 0)),
-        ["none"] * schedule.num_stages,
+        remat,
         updates,
         (),
         ((),) * len(replicas),
