@@ -5,6 +5,7 @@ Nothing here imports JAX.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -146,11 +147,12 @@ class Candidates:
         algorithm = find_algorithm(name)
         late = algorithm.takes("update_lag") and max(self.plan.replicas) > 1
         yield self.of_algorithm(name, 0, 0)
-        if algorithm.takes("slack") and self.plan.num_stages > 1:
-            yield self.of_algorithm(name, 1, 0)
-        if late:
-            yield self.of_algorithm(name, 0, 1)
-            yield self.of_algorithm(name, 1, 1)
+        for slack in range(2 if algorithm.takes("slack") and self.plan.num_stages > 1 else 1):
+            for update_lag in range(2 if late else 1):
+                if slack or update_lag:
+                    # Minibatches may be too small for more warm-up (2BW).
+                    with contextlib.suppress(ValueError):
+                        yield self.of_algorithm(name, slack, update_lag)
 
     def of_schedule(self, schedule: Schedule) -> Candidate:
         """The candidate that runs a schedule as it is.

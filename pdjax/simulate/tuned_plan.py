@@ -99,7 +99,12 @@ def _tuned(case: Case, parts: tuple[Part, ...], options: PlanOptions) -> _Tuned:
         excess = changed.costs.excess_bytes(parts)
         if excess > 0:  # the search charged the smallest warm-up
             continue
-        found.append(_Tuned(changed, parts, _simulated_s(changed, parts)))
+        try:
+            found.append(_Tuned(changed, parts, _simulated_s(changed, parts)))
+        except ValueError:  # minibatches may be too small for more warm-up (2BW)
+            if not found:
+                raise
+            continue
         if found[-1].microbatch_s <= limit_s * _CLOSE:
             break
     if not found:
