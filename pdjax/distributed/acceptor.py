@@ -1,4 +1,4 @@
-"""Where other processes come in once they have met."""
+"""The acceptor of connections from the other processes of a run, after the rendezvous."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from pdjax.distributed.frames import ForeignError, Link, Message, encode
 from pdjax.distributed.members import Member
 
 
-class Door:
-    """Takes connections, and lets in those who know the secret of this process.
+class Acceptor:
+    """Accepts connections, and admits those that send the token of this process.
 
     Args:
-        listener: where they come; owned by the door from now on.
-        token: what they must know.
+        listener: the listening socket; owned by the acceptor from now on.
+        token: the secret that a connection must send first.
 
     Attributes:
-        pulses: for each process whose `Pulse` has come, the link to that.
+        heartbeats: for each process whose `Heartbeat` has connected, the link to it.
     """
 
     def __init__(self, listener: socket.socket, token: str) -> None:
-        self.pulses: dict[int, Link] = {}
+        self.heartbeats: dict[int, Link] = {}
         self._listener = listener
         self._token = token
-        self._strangers: set[Link] = set()
+        self._unauthenticated: set[Link] = set()
         self._selector = selectors.DefaultSelector()
         listener.setblocking(False)
         self._selector.register(listener, selectors.EVENT_READ)
 
     def fileno(self) -> int:
-        """For selectors: ready if somebody may come in."""
+        """For selectors: ready if a connection waits."""
         return self._selector.fileno()  # pyright: ignore[reportAttributeAccessIssue]
 
     def admit(self, timeout_s: float) -> list[tuple[int, Link]]:
-        """Waits for something to happen; returns who may come in, by number; keeps the pulses."""
+        """Waits for connections; returns the admitted ones by process, and keeps heartbeats."""
         admitted = []
         for key, _ in self._selector.select(timeout_s):
             if key.fileobj is self._listener:
@@ -43,24 +43,24 @@ class Door:
                 continue
             link = key.fileobj
             assert isinstance(link, Link)
-            message = self._hear(link)
+            message = self._receive(link)
             if message is None:
                 continue
-            self._strangers.discard(link)
+            self._unauthenticated.discard(link)
             self._selector.unregister(link)
             if message.get("token") != self._token:
                 link.close()
-            elif message["is_pulse"]:
-                self.pulses[message["hello"]] = link
+            elif message["is_heartbeat"]:
+                self.heartbeats[message["hello"]] = link
             else:
                 admitted.append((message["hello"], link))
         return admitted
 
     def close(self) -> None:
-        """Lets nobody in any more; sends away those who wait."""
+        """Accepts no more connections, and closes those that are not admitted yet."""
         self._selector.close()
         self._listener.close()
-        for link in (*self._strangers, *self.pulses.values()):
+        for link in (*self._unauthenticated, *self.heartbeats.values()):
             link.close()
 
     def _accept(self) -> None:
@@ -68,21 +68,21 @@ class Door:
             link = Link(self._listener.accept()[0])
         except OSError:
             return  # gone already
-        self._strangers.add(link)
+        self._unauthenticated.add(link)
         self._selector.register(link, selectors.EVENT_READ)
 
-    def _hear(self, link: Link) -> Message | None:
+    def _receive(self, link: Link) -> Message | None:
         """The first message; empty from those who have nothing to say here; None if it may come."""
         try:
             messages = link.read(time.monotonic())
         except ForeignError:
             return {}
         if messages:
-            # A process says nothing more until all are connected; more of a pulse is no loss.
+            # A process says nothing more until all are connected; more of a heartbeat is no loss.
             return messages[0]
         return {} if link.ended is not None else None
 
 
-def greeting(own_id: int, to: Member, *, is_pulse: bool = False) -> bytes:
-    """What opens the door of another process."""
-    return encode({"hello": own_id, "token": to.token, "is_pulse": is_pulse})
+def handshake(own_id: int, to: Member, *, is_heartbeat: bool = False) -> bytes:
+    """The first message of a connection to another process."""
+    return encode({"hello": own_id, "token": to.token, "is_heartbeat": is_heartbeat})

@@ -11,7 +11,7 @@ from pdjax.distributed.lost_peer import Standing
 from pdjax.errors import ClusterError
 
 
-class Exchanges:
+class AllGathers:
     """The values that have come, and those who wait for them.
 
     Args:
@@ -24,7 +24,7 @@ class Exchanges:
         self._changed = threading.Condition()
         self._over: str | None = None
 
-    def hear(self, process_id: int, message: Message) -> None:
+    def receive(self, process_id: int, message: Message) -> None:
         """Notes what a process says."""
         with self._changed:
             said = self._said.setdefault(int(message["turn"]), {})
@@ -32,7 +32,7 @@ class Exchanges:
             self._changed.notify_all()
 
     def end(self, reason: str) -> None:
-        """Nothing more will come: who waits is told so."""
+        """No more values will come: waiting calls fail."""
         with self._changed:
             self._over = self._over or reason
             self._changed.notify_all()

@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 
-from pdjax.distributed.acceptor import Door, greeting
+from pdjax.distributed.acceptor import Acceptor, handshake
 from pdjax.distributed.frames import Link
 from pdjax.distributed.members import Member
 from pdjax.errors import ClusterError
@@ -19,7 +19,7 @@ def connect_all(
     members: Sequence[Member],
     own_id: int,
     coordinator: str,
-    door: Door,
+    acceptor: Acceptor,
     deadline: float,
     look: Callable[[], None],
 ) -> dict[int, Link]:
@@ -31,7 +31,7 @@ def connect_all(
         members: all processes, in order.
         own_id: which of them this is.
         coordinator: the host of the coordinator, as this process knows it.
-        door: where the others come in.
+        acceptor: where the others come in.
         deadline: when to give up, as `time.monotonic` has it.
         look: called now and then; raises if it makes no sense to go on.
 
@@ -47,7 +47,7 @@ def connect_all(
             if time.monotonic() > deadline:
                 raise ClusterError(_not_connected(members, sorted(waiting)))
             look()
-            for process_id, link in door.admit(_LOOK_S):
+            for process_id, link in acceptor.admit(_LOOK_S):
                 waiting.discard(process_id)
                 links[process_id] = link
     except BaseException:
@@ -68,7 +68,7 @@ def _connect(member: Member, own_id: int, coordinator: str, deadline: float) -> 
             f"no connection to {member} at {address} ({error}). Has it ended, or does a firewall "
             "not let all ports through between the hosts?"
         ) from error
-    link.send(greeting(own_id, member))
+    link.send(handshake(own_id, member))
     return link
 
 

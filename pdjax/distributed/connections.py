@@ -19,12 +19,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 
-from pdjax.distributed.acceptor import Door
-from pdjax.distributed.all_gather import Exchanges
-from pdjax.distributed.failure_detector import Silence, beat_seconds
+from pdjax.distributed.acceptor import Acceptor
+from pdjax.distributed.all_gather import AllGathers
+from pdjax.distributed.failure_detector import FailureDetector, heartbeat_seconds
 from pdjax.distributed.frames import ForeignError, Link, Message, encode
-from pdjax.distributed.lockstep import Calls
-from pdjax.distributed.lost_peer import Loss, Standing, explain, explain_given_up
+from pdjax.distributed.lockstep import Lockstep
+from pdjax.distributed.lost_peer import LostPeer, Standing, explain, explain_given_up
 from pdjax.distributed.members import Member
 from pdjax.distributed.rendezvous import is_loopback
 
@@ -33,16 +33,16 @@ _FAREWELL_S = 1.0
 _POLL_S = 0.002
 
 
-class Mesh:
+class Connections:
     """The connections of this process to all others, and the thread that watches them.
 
     Args:
         members: all processes, in order.
         own_id: which of them this is.
-        links: a link to each of the others; owned by the mesh from now on.
-        door: where the pulses of the others come in; owned by the mesh from now on.
-        on_lost: called with a message, from the mesh's thread, when a process is lost.
-        on_end: called afterwards, when the others have been told, too. The thread ends then.
+        links: a link to each of the others; owned by the connections from now on.
+        acceptor: where the heartbeats of the others come in; owned by the connections from now on.
+        on_lost: called with a message, from the thread of the connections, when a process is lost.
+        on_end: called afterwards, when the others have been informed. The thread ends then.
 
     Attributes:
         standings: what is known of each process.
@@ -56,22 +56,22 @@ class Mesh:
         members: Sequence[Member],
         own_id: int,
         links: Mapping[int, Link],
-        door: Door,
+        acceptor: Acceptor,
         on_lost: Callable[[str], None],
         on_end: Callable[[], None],
     ) -> None:
         self.standings = [Standing(str(member)) for member in members]
-        self.exchanges = Exchanges(self.standings)
-        self.calls = Calls(self.standings, own_id)
+        self.exchanges = AllGathers(self.standings)
+        self.calls = Lockstep(self.standings, own_id)
         self._own_id = own_id
         self._links = dict(links)
         self.address = _outermost([link.own_address for link in links.values()])
-        self._door = door
-        self._pulses: dict[int, Link] = {}
+        self._acceptor = acceptor
+        self._heartbeats: dict[int, Link] = {}
         self._on_lost = on_lost
         self._on_end = on_end
-        self._silence = Silence(members[own_id])
-        self._beat_s = beat_seconds(members)
+        self._failure_detector = FailureDetector(members[own_id])
+        self._beat_s = heartbeat_seconds(members)
         self._changed = threading.Condition()
         self._sending = threading.Lock()
         self._over = False
@@ -79,19 +79,19 @@ class Mesh:
         self._stopping = False
         self._selector = selectors.DefaultSelector()
         self._wake_reader, self._wake_writer = socket.socketpair()
-        self._thread = threading.Thread(target=self._run, name="pdjax-mesh", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="pdjax-connections", daemon=True)
 
     def start(self) -> None:
         """Starts the thread."""
         for end in (self._wake_reader, self._wake_writer):
             end.setblocking(False)
-        self._selector.register(self._wake_reader, selectors.EVENT_READ, self._hear_wake)
-        self._selector.register(self._door, selectors.EVENT_READ, self._open_door)
+        self._selector.register(self._wake_reader, selectors.EVENT_READ, self._drain_wake)
+        self._selector.register(self._acceptor, selectors.EVENT_READ, self._admit)
         now = time.monotonic()
         for number, link in self._links.items():
             link.heard_at = now
             self._selector.register(link, selectors.EVENT_READ, partial(self._read_link, number))
-        self._open_door(now)
+        self._admit(now)
         _close_in_children(self)
         self._thread.start()
 
@@ -99,14 +99,14 @@ class Mesh:
         """Tells all others something; returns at once.
 
         Args:
-            message: its "kind" is one of those that `_hear` knows.
+            message: its "kind" is one of those that `_receive` knows.
 
         Raises:
             TypeError, ValueError: if JSON has no form for it, or it is too long.
         """
-        # Sent from here, not by the mesh's thread, which may not run for long if this one goes on
-        # to keep the interpreter lock. So are the news of this process, that the others have them.
-        self._tell(self._news() + encode(message))
+        # Sent from this thread: the thread of the connections may not run for long if this one
+        # keeps the interpreter lock. So is the status of this process.
+        self._send_to_all(self._status_frame() + encode(message))
         self._wake()
 
     def wait_for_goodbyes(self) -> None:
@@ -120,7 +120,7 @@ class Mesh:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def turn_deaf(self) -> None:
+    def ignore_losses(self) -> None:
         """From now on the loss of another is of no interest, because this process ends itself."""
         self._deaf = True
 
@@ -133,7 +133,7 @@ class Mesh:
     def close_in_child(self) -> None:
         """In a forked child: lets go of the parent's connections.
 
-        The others would otherwise hear of the parent's death only when the child ends, too.
+        The others would otherwise learn of the parent's death only when the child ends, too.
         """
         self._stopping = self._over = True
         self._close()
@@ -147,10 +147,10 @@ class Mesh:
         try:
             if text is not None and not self._deaf:
                 self._on_lost(text)
-                self._part_in_order(_TELL_S)
+                self._leave_in_order(_TELL_S)
                 self._on_end()
             else:
-                self._part_in_order(_FAREWELL_S)
+                self._leave_in_order(_FAREWELL_S)
         finally:
             self.exchanges.end(text or "this process has left the run.")
             with self._changed:
@@ -159,34 +159,34 @@ class Mesh:
             self._close()
 
     def _watch(self) -> str | None:
-        """Watches until told to stop, or until a process is lost: then returns the message."""
+        """Watches until it is stopped, or until a process is lost: then returns the message."""
         awake_at = beat_at = time.monotonic()
         while not self._stopping:
             if time.monotonic() >= beat_at:
-                self._tell(self._news())
+                self._send_to_all(self._status_frame())
                 beat_at = time.monotonic() + self._beat_s
             self._flush()
             ready = self._selector.select(max(0.0, beat_at - time.monotonic()))
             now = time.monotonic()
-            self._forgive(now - awake_at, now)
+            self._excuse(now - awake_at, now)
             awake_at = now
             heard = (key.data(now) for key, _ in ready)
-            loss = next(filter(None, heard), None) or self._find_silent(now)
+            loss = next(filter(None, heard), None) or self._find_unresponsive(now)
             if loss is not None and not self._deaf:
                 return self._lose(loss)
         return None
 
-    def _forgive(self, slept_s: float, now: float) -> None:
-        """Whoever slept itself, stopped or starved, must not blame the others for silence."""
+    def _excuse(self, slept_s: float, now: float) -> None:
+        """A process that was itself stopped or starved must not take the others for lost."""
         if slept_s > 2 * self._beat_s:
-            for link in (*self._links.values(), *self._pulses.values()):
+            for link in (*self._links.values(), *self._heartbeats.values()):
                 link.heard_at = min(link.heard_at + slept_s, now)
 
-    def _news(self) -> bytes:
+    def _status_frame(self) -> bytes:
         completed = self.standings[self._own_id].num_minibatches
         return encode({"kind": "alive", "num_minibatches": completed})
 
-    def _tell(self, frame: bytes) -> None:
+    def _send_to_all(self, frame: bytes) -> None:
         with self._sending:
             for link in self._links.values():
                 link.send(frame)
@@ -201,80 +201,80 @@ class Mesh:
             if key.events != events:
                 self._selector.modify(link, events, key.data)
 
-    def _hear_wake(self, now: float) -> None:
+    def _drain_wake(self, now: float) -> None:
         with contextlib.suppress(BlockingIOError):
             self._wake_reader.recv(1 << 12)
 
-    def _open_door(self, now: float) -> None:
-        for _, link in self._door.admit(0.0):
+    def _admit(self, now: float) -> None:
+        for _, link in self._acceptor.admit(0.0):
             link.close()  # all are there
-        while self._door.pulses:
-            number, link = self._door.pulses.popitem()
-            self._pulses[number] = link
-            self._selector.register(link, selectors.EVENT_READ, partial(self._feel, link))
-        if len(self._pulses) == len(self.standings) - 1:
-            self._selector.unregister(self._door)
-            self._door.close()
+        while self._acceptor.heartbeats:
+            number, link = self._acceptor.heartbeats.popitem()
+            self._heartbeats[number] = link
+            self._selector.register(link, selectors.EVENT_READ, partial(self._sense, link))
+        if len(self._heartbeats) == len(self.standings) - 1:
+            self._selector.unregister(self._acceptor)
+            self._acceptor.close()
 
-    def _feel(self, link: Link, now: float) -> None:
-        """Hears the pulse of a process."""
+    def _sense(self, link: Link, now: float) -> None:
+        """Receives the heartbeat of a process."""
         link.skim(now)
         if link.ended is not None:
             self._selector.unregister(link)
             link.close()
 
-    def _read_link(self, number: int, now: float) -> Loss | None:
+    def _read_link(self, number: int, now: float) -> LostPeer | None:
         link = self._links[number]
         try:
             messages = link.read(now)
         except ForeignError:
-            return Loss(number, "sent what is no message of pdjax")
+            return LostPeer(number, "sent what is no message of pdjax")
         # What a process says of a loss comes before the end of its own connection, which follows
         # from the loss: so all name the first cause.
         for message in messages:
-            loss = self._hear(number, message)
+            loss = self._receive(number, message)
             if loss is not None:
                 return loss
-        return self._part(number) if link.ended is not None else None
+        return self._leave(number) if link.ended is not None else None
 
-    def _hear(self, number: int, message: Message) -> Loss | None:
+    def _receive(self, number: int, message: Message) -> LostPeer | None:
         standing = self.standings[number]
         match message["kind"]:
             case "alive":
                 standing.num_minibatches = message["num_minibatches"]
             case "value":
-                self.exchanges.hear(number, message)
+                self.exchanges.receive(number, message)
             case "stages":
                 standing.stages = message["stages"]
             case "lost":
                 lost = self.standings[message["process_id"]]
                 lost.learn(message["stages"], message["num_minibatches"])
-                return Loss(message["process_id"], message["reason"], told_by=number)
+                return LostPeer(message["process_id"], message["reason"], told_by=number)
             case "failed":
                 standing.learn(message["stages"], message["num_minibatches"])
-                return Loss(number, message["reason"])
+                return LostPeer(number, message["reason"])
             case "goodbye":
-                return self._hear_goodbye(number, message["calls"])
+                return self._receive_goodbye(number, message["calls"])
         return None
 
-    def _hear_goodbye(self, number: int, calls: Mapping[str, int]) -> Loss | None:
+    def _receive_goodbye(self, number: int, calls: Mapping[str, int]) -> LostPeer | None:
         self.standings[number].has_ended = True
         self.exchanges.look()
         with self._changed:
             self._changed.notify_all()
         parted = self.calls.end(number, calls)
-        return None if parted is None else Loss(number, parted)
+        return None if parted is None else LostPeer(number, parted)
 
-    def _part(self, number: int) -> Loss | None:
+    def _leave(self, number: int) -> LostPeer | None:
         with self._sending:
             link = self._links.pop(number)
             self._selector.unregister(link)
             link.close()
         if self.standings[number].has_ended:
             return None
-        return Loss(number, f"was killed or crashed: its connection ended ({link.ended})")
+        return LostPeer(number, f"was killed or crashed: its connection ended ({link.ended})")
 
-    def _part_in_order(self, timeout_s: float) -> None:
+    def _leave_in_order(self, timeout_s: float) -> None:
         """Sends what is left, and waits a moment until the others have closed their ends, too.
 
         A connection that is closed while something unread has come is reset, and the last words
@@ -289,21 +289,21 @@ class Mesh:
                         link.finish()
                 link.skim(0.0)
                 if link.ended is not None:
-                    self._part(number)
+                    self._leave(number)
             time.sleep(_POLL_S)
 
-    def _find_silent(self, now: float) -> Loss | None:
+    def _find_unresponsive(self, now: float) -> LostPeer | None:
         awaited = {
             number: link
             for number, link in self._links.items()
             if not self.standings[number].has_ended
         }
-        return self._silence.find_lost(awaited, self._pulses, now)
+        return self._failure_detector.find_lost(awaited, self._heartbeats, now)
 
-    def _lose(self, loss: Loss) -> str:
+    def _lose(self, loss: LostPeer) -> str:
         """Tells the others; returns the message for this process."""
         lost = self.standings[loss.process_id]
-        self._tell(encode({"kind": "lost", **asdict(loss), **lost.known()}))
+        self._send_to_all(encode({"kind": "lost", **asdict(loss), **lost.known()}))
         own = self.standings[self._own_id]
         if loss.process_id == self._own_id:
             return explain_given_up(loss, own)
@@ -315,15 +315,15 @@ class Mesh:
 
     def _close(self) -> None:
         self._selector.close()
-        for link in (*self._links.values(), *self._pulses.values()):
+        for link in (*self._links.values(), *self._heartbeats.values()):
             link.close()
-        self._door.close()
+        self._acceptor.close()
         self._wake_reader.close()
         self._wake_writer.close()
 
 
-def _close_in_children(mesh: Mesh) -> None:
-    reference = weakref.ref(mesh)
+def _close_in_children(connections: Connections) -> None:
+    reference = weakref.ref(connections)
 
     def close() -> None:
         found = reference()

@@ -1,7 +1,7 @@
 """A way to JAX's coordination service that does not break when the service dies.
 
 JAX's client aborts its process from C++, within milliseconds, when its connection to the service
-breaks. So the client is connected to a relay in its own process, which forwards what is said, and
+breaks. So the client is connected to a proxy in its own process, which forwards the messages, and
 simply says nothing more when the service is gone. That leaves the watch over the other processes
 the time to say who is lost, and to end the process in order.
 """
@@ -18,7 +18,7 @@ _CHUNK_BYTES = 1 << 16
 _RETRY_S = 0.05
 
 
-class Relay:
+class CoordinatorProxy:
     """Listens on this host, and connects whoever comes with a server elsewhere.
 
     Args:
@@ -77,7 +77,7 @@ class Relay:
             return connected
 
     def _start(self, work: Callable[..., None], *arguments: socket.socket) -> None:
-        threading.Thread(target=work, args=arguments, name="pdjax-relay", daemon=True).start()
+        threading.Thread(target=work, args=arguments, name="pdjax-proxy", daemon=True).start()
 
 
 def _copy(source: socket.socket, sink: socket.socket) -> None:

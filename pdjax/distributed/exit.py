@@ -26,7 +26,7 @@ _LAST_WORDS_S = 1.0
 _MAX_CHARACTERS = 300
 
 
-def say_last(message: str) -> None:
+def print_last(message: str) -> None:
     """Prints a message on standard error, from whatever thread, before `end_process`.
 
     A pipe that nobody empties does not keep the process alive: it ends after a moment, with exit
@@ -96,7 +96,7 @@ class EndOfProgram:
 
     def _on_blocked(self, name: str, code: int) -> None:
         self._peers.leave(f"was ended by {name}")
-        say_last(f"error: ended by {name}, while the main thread was blocked.")
+        print_last(f"error: ended by {name}, while the main thread was blocked.")
         end_process(code)
 
     def _on_exception(
@@ -110,11 +110,11 @@ class EndOfProgram:
         else:
             self._code = 1
             if not self._peers.loss_follows():
-                self._say_and_leave(kind, error, trace)
+                self._report_and_leave(kind, error, trace)
                 return
         self._hook(kind, error, trace)
 
-    def _say_and_leave(
+    def _report_and_leave(
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
         """Prints the traceback, and then tells the others.

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pdjax.distributed.frames import Link
-from pdjax.distributed.lost_peer import Loss
+from pdjax.distributed.lost_peer import LostPeer
 from pdjax.distributed.members import Member
 
 _BEATS = 20  # in the time within which a loss ends the others
 _SILENT_PART = 0.7  # of that time; the rest is for telling the others, and for ending
-_PATIENCE = 12  # times as long a process may run no Python, if its pulse is felt
+_PATIENCE = 12  # times as long a process may run no Python, if its heartbeat arrives
 
 
-def beat_seconds(members: Sequence[Member]) -> float:
+def heartbeat_seconds(members: Sequence[Member]) -> float:
     """The time between two signs of life: everybody's, as the least patient expects."""
     return min(member.lost_peer_timeout_s for member in members) / _BEATS
 
 
-class Silence:
+class FailureDetector:
     """Judges by what was heard when.
 
     Args:
@@ -30,26 +30,27 @@ class Silence:
         self._limit_s = own.lost_peer_timeout_s * _SILENT_PART
 
     def find_lost(
-        self, links: Mapping[int, Link], pulses: Mapping[int, Link], now: float
-    ) -> Loss | None:
+        self, links: Mapping[int, Link], heartbeats: Mapping[int, Link], now: float
+    ) -> LostPeer | None:
         """The first process that was silent for too long.
 
         Args:
             links: for each process that is to be heard, where it speaks.
-            pulses: for some of them, where their pulse is felt.
+            heartbeats: for some of them, where their heartbeat is felt.
             now: the time.
         """
         lifeless_s = {
-            number: now - max(link.heard_at, pulses[number].heard_at if number in pulses else 0.0)
+            number: now
+            - max(link.heard_at, heartbeats[number].heard_at if number in heartbeats else 0.0)
             for number, link in links.items()
         }
         for number, link in links.items():
             if lifeless_s[number] > self._limit_s:
                 reason = f"was not heard for {lifeless_s[number]:.1f} s: {self._why(lifeless_s)}"
-                return Loss(number, reason)
+                return LostPeer(number, reason)
             silent_s = now - link.heard_at
             if silent_s > self._own.lost_peer_timeout_s * _PATIENCE:
-                return Loss(number, f"hangs: it has run no Python for {silent_s:.0f} s")
+                return LostPeer(number, f"hangs: it has run no Python for {silent_s:.0f} s")
         return None
 
     def _why(self, lifeless_s: Mapping[int, float]) -> str:

@@ -25,29 +25,29 @@ _END_S = 2.0
 _STOPPED = "TtZX"  # in /proc: stopped, or dead
 
 
-class Pulse:
+class Heartbeat:
     """The process that speaks for this one; ends with it.
 
     Args:
-        targets: host, port and greeting of each process that is to hear it.
-        beat: what is said again and again.
-        beat_s: seconds between two beats.
+        targets: host, port and handshake of each process that receives it.
+        frame: what is said again and again.
+        interval_s: seconds between two beats.
     """
 
     def __init__(
-        self, targets: Sequence[tuple[str, int, bytes]], beat: bytes, beat_s: float
+        self, targets: Sequence[tuple[str, int, bytes]], frame: bytes, interval_s: float
     ) -> None:
-        told = {
+        given = {
             "parent": os.getpid(),
-            "targets": [(host, port, greeting.hex()) for host, port, greeting in targets],
-            "beat": beat.hex(),
-            "beat_s": beat_s,
+            "targets": [(host, port, handshake.hex()) for host, port, handshake in targets],
+            "frame": frame.hex(),
+            "interval_s": interval_s,
         }
         self._process: subprocess.Popen[bytes] | None = None
         # Without /proc nothing says that a process is stopped; then it speaks only for itself.
         if targets and os.path.exists(f"/proc/{os.getpid()}/stat"):
             with contextlib.suppress(OSError):
-                self._start(json.dumps(told).encode() + b"\n")
+                self._start(json.dumps(given).encode() + b"\n")
 
     def stop(self) -> None:
         """Ends it."""
@@ -61,7 +61,7 @@ class Pulse:
             self._process.kill()
             self._process.wait()
 
-    def _start(self, told: bytes) -> None:
+    def _start(self, given: bytes) -> None:
         # Without the user's environment and packages it is there at once, and small.
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", os.path.abspath(__file__)],
@@ -70,7 +70,7 @@ class Pulse:
             stderr=subprocess.DEVNULL,
         )
         assert self._process.stdin is not None
-        self._process.stdin.write(told)
+        self._process.stdin.write(given)
         self._process.stdin.flush()
 
 
@@ -78,36 +78,36 @@ def main() -> None:
     """What the process does: speaks until its parent is gone."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # for its parent, which ends it
-    told = json.loads(sys.stdin.buffer.readline())
-    connections = _connect(told["targets"])
-    beat = bytes.fromhex(told["beat"])
-    while os.getppid() == told["parent"]:
-        if not _is_stopped(told["parent"]):
-            connections = [found for found in connections if _say(found, beat)]
-        if select.select([0], [], [], told["beat_s"])[0]:
+    given = json.loads(sys.stdin.buffer.readline())
+    connections = _connect(given["targets"])
+    frame = bytes.fromhex(given["frame"])
+    while os.getppid() == given["parent"]:
+        if not _is_stopped(given["parent"]):
+            connections = [found for found in connections if _send(found, frame)]
+        if select.select([0], [], [], given["interval_s"])[0]:
             return  # the parent has closed its end
 
 
 def _connect(targets: Sequence[Any]) -> list[socket.socket]:
     connections = []
-    for host, port, greeting in targets:
+    for host, port, handshake in targets:
         with contextlib.suppress(OSError):
             connection = socket.create_connection((host, port), _CONNECT_S)
-            connection.sendall(bytes.fromhex(greeting))
+            connection.sendall(bytes.fromhex(handshake))
             connection.setblocking(False)
             connections.append(connection)
     return connections
 
 
-def _say(connection: socket.socket, beat: bytes) -> bool:
+def _send(connection: socket.socket, frame: bytes) -> bool:
     """Says it is alive, if it can be said at once; returns whether the other is there."""
     try:
-        sent = connection.send(beat)
+        sent = connection.send(frame)
     except BlockingIOError:
         return True
     except OSError:
         return False
-    return sent == len(beat)
+    return sent == len(frame)
 
 
 def _is_stopped(pid: int) -> bool:

@@ -1,4 +1,4 @@
-"""How JAX is told of other processes, and what is private in it and needed for that."""
+"""The parts of JAX, some of them private, that make other processes known to it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHUTDOWN_TIMEOUT_S = 30
 
 @dataclass(frozen=True)
 class Joined:
-    """What JAX is told of the processes.
+    """The description of the processes that JAX gets.
 
     Attributes:
         coordinator: HOST:PORT at which this process reaches JAX's service.
@@ -36,7 +36,7 @@ def detect(timeout_s: float) -> tuple[Joined, tuple[int, ...] | None] | None:
     """What Slurm, Open MPI, Kubernetes or the TPU pod say of the processes; None if there is none.
 
     Returns:
-        What JAX is to be told, and the devices of this host that this process uses (None for all).
+        The description for JAX, and the devices of this host that this process uses (None for all).
     """
     found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
         None, None, None, None, None, int(timeout_s)
@@ -68,7 +68,7 @@ def num_processes_in_cluster() -> int:
 
 
 def handles_sigterm() -> bool:
-    """Whether JAX was told of other processes by the program, and catches SIGTERM itself."""
+    """Whether the program made other processes known to JAX, which then catches SIGTERM itself."""
     return distributed.global_state.preemption_sync_manager is not None
 
 
@@ -78,7 +78,7 @@ def has_started_backends() -> bool:
 
 
 def is_initialized() -> bool:
-    """Whether JAX has been told of other processes."""
+    """Whether JAX knows other processes."""
     return jax.distributed.is_initialized()
 
 
@@ -141,7 +141,7 @@ def shutdown() -> None:
 
 
 def joined() -> Joined:
-    """How this process was told to take part; `jax.distributed.initialize` was called."""
+    """The description that this process started JAX with."""
     state = distributed.global_state
     assert state.coordinator_address is not None
     return Joined(state.coordinator_address, state.num_processes, state.process_id)
@@ -151,7 +151,7 @@ def exchange(key: str, value: Any, timeout_s: float) -> list[Any]:
     """Tells all processes a value, through JAX's own store; returns all, in order of process.
 
     Raises:
-        TimeoutError: if one has not told its value in time.
+        TimeoutError: if one has not given its value in time.
     """
     client = distributed.global_state.client
     assert client is not None

@@ -11,7 +11,7 @@ from pdjax.distributed.lost_peer import Standing
 from pdjax.errors import ClusterError
 
 
-class Calls:
+class Lockstep:
     """How often this process has made each call that every process must make equally often.
 
     Whoever makes one more than a process that has ended would wait for it for ever: for what it was
@@ -41,7 +41,7 @@ class Calls:
             number = self._counts[call] + 1
             for process_id, final in self._final.items():
                 if number > final.get(call, 0):
-                    parted = self._parted(call, number, final)
+                    parted = self._missed_calls(call, number, final)
                     raise ClusterError(f"{self._standings[process_id]} {parted}.")
             self._counts[call] = number
         try:
@@ -67,10 +67,10 @@ class Calls:
             self._final[process_id] = final
             for call, number in self._counts.items():
                 if number > final.get(call, 0):
-                    return self._parted(call, number, final)
+                    return self._missed_calls(call, number, final)
         return None
 
-    def _parted(self, call: str, number: int, final: Mapping[str, int]) -> str:
+    def _missed_calls(self, call: str, number: int, final: Mapping[str, int]) -> str:
         made = final.get(call, 0)
         calls = f"{made or 'no'} call{'s' * (made != 1)} of Pipeline.{call}"
         return (

@@ -45,7 +45,7 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Loss:
+class LostPeer:
     """A process that is no longer there, without a goodbye or while it is still needed.
 
     Attributes:
@@ -59,7 +59,7 @@ class Loss:
     told_by: int | None = None
 
 
-def explain(loss: Loss, lost: Standing, own: Standing) -> str:
+def explain(loss: LostPeer, lost: Standing, own: Standing) -> str:
     """The message with which the process `own` ends."""
     noticed = "" if loss.told_by is None else f" (noticed by process {loss.told_by})"
     return (
@@ -69,7 +69,7 @@ def explain(loss: Loss, lost: Standing, own: Standing) -> str:
     )
 
 
-def explain_given_up(loss: Loss, own: Standing) -> str:
+def explain_given_up(loss: LostPeer, own: Standing) -> str:
     """The message of a process that the others took for lost while it lives."""
     by = "another process" if loss.told_by is None else f"process {loss.told_by}"
     return (

@@ -19,7 +19,7 @@ VARIABLES = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class StartOptions:
     """How this process takes part in a run, checked.
 
     Attributes:
@@ -92,7 +92,7 @@ def given_or_environment(
 
 
 def check_same(known: tuple[Address, int, int] | None, num_processes: int, process_id: int) -> None:
-    """Refuses what contradicts what JAX was told before.
+    """Refuses arguments that contradict those JAX was started with.
 
     Raises:
         ValueError: naming both.

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from pdjax.distributed.connections import Mesh
-from pdjax.distributed.heartbeat import Pulse
+from pdjax.distributed.connections import Connections
+from pdjax.distributed.heartbeat import Heartbeat
 from pdjax.distributed.members import Member
 from pdjax.errors import ClusterError
 
@@ -28,18 +28,20 @@ class Peers:
         num_processes: how many there are.
         hosts: for each process, the name of its host.
         address: the IP address by which the others reach this process.
-        has_failed: whether this process has told the others that it ends before its time.
+        has_failed: whether this process has informed the others that it ends early.
     """
 
-    def __init__(self, members: Sequence[Member], own_id: int, mesh: Mesh, pulse: Pulse) -> None:
+    def __init__(
+        self, members: Sequence[Member], own_id: int, connections: Connections, heartbeat: Heartbeat
+    ) -> None:
         self.process_id = own_id
         self.num_processes = len(members)
         self.hosts = tuple(member.host for member in members)
-        self.address = mesh.address
+        self.address = connections.address
         self.has_failed = False
-        self._mesh = mesh
-        self._pulse = pulse
-        self._standing = mesh.standings[own_id]
+        self._connections = connections
+        self._heartbeat = heartbeat
+        self._standing = connections.standings[own_id]
         self._to_finish: list[Callable[[], None]] = []
         self._turn = 0
         self._turns = threading.Lock()
@@ -72,10 +74,10 @@ class Peers:
         with self._turns:
             turn = self._turn
             message = {"kind": "value", "turn": turn, "about": about, "value": plain}
-            self._mesh.post(message)
+            self._connections.post(message)
             self._turn += 1
-            self._mesh.exchanges.hear(self.process_id, message)
-            return self._mesh.exchanges.wait(turn, about)
+            self._connections.exchanges.receive(self.process_id, message)
+            return self._connections.exchanges.wait(turn, about)
 
     def describe(self, stages: str) -> None:
         """Says what this process runs, for the messages of the others if it is lost.
@@ -84,7 +86,7 @@ class Peers:
             stages: such as "stage 1: block_2 … head".
         """
         self._standing.stages = stages
-        self._mesh.post({"kind": "stages", "stages": stages})
+        self._connections.post({"kind": "stages", "stages": stages})
 
     def taking_part(self, call: str) -> AbstractContextManager[None]:
         """Surrounds a call that every process must make, and that waits for the others.
@@ -98,7 +100,7 @@ class Peers:
         Raises:
             ClusterError: if that is known before the call.
         """
-        return self._mesh.calls.counting(call)
+        return self._connections.calls.counting(call)
 
     def completed(self, num_minibatches: int) -> None:
         """Says how many minibatches this process has completed; costs next to nothing."""
@@ -111,7 +113,7 @@ class Peers:
         """
         return {
             number: standing.num_minibatches
-            for number, standing in enumerate(self._mesh.standings)
+            for number, standing in enumerate(self._connections.standings)
             if standing.has_ended
         }
 
@@ -129,7 +131,7 @@ class Peers:
 
         The message about that one then ends this process.
         """
-        return not self._closed and self._mesh.wait_for_end(_FOLLOW_UP_S)
+        return not self._closed and self._connections.wait_for_end(_FOLLOW_UP_S)
 
     def fail(self, reason: str) -> None:
         """Tells the others that this process ends before its time, so that they end, too.
@@ -149,14 +151,14 @@ class Peers:
             reason: in words that go on after the name of this process.
             follow_up_s: seconds to wait for the loss of another process from which this may follow.
         """
-        if self._closed or self._mesh.wait_for_end(follow_up_s):
+        if self._closed or self._connections.wait_for_end(follow_up_s):
             return
         with self._closing:
             if self._closed:
                 return
             self._closed = self.has_failed = True
-        self._mesh.turn_deaf()
-        self._mesh.post({"kind": "failed", "reason": reason, **self._standing.known()})
+        self._connections.ignore_losses()
+        self._connections.post({"kind": "failed", "reason": reason, **self._standing.known()})
         self._stop()
 
     def close(self) -> None:
@@ -171,10 +173,10 @@ class Peers:
             if self._closed:
                 return
             self._closed = True
-        self._mesh.post({"kind": "goodbye", "calls": self._mesh.calls.made()})
-        self._mesh.wait_for_goodbyes()
+        self._connections.post({"kind": "goodbye", "calls": self._connections.calls.made()})
+        self._connections.wait_for_goodbyes()
         self._stop()
 
     def _stop(self) -> None:
-        self._mesh.stop()
-        self._pulse.stop()
+        self._connections.stop()
+        self._heartbeat.stop()

@@ -1,4 +1,4 @@
-"""How the processes of a run find each other, before JAX is told.
+"""The rendezvous of the processes of a run, before JAX is started.
 
 Process 0 listens at the coordinator's address, and everybody else tells it who they are and where
 they listen. It checks that all fit together and answers *all* of them, the unfit too, so that every

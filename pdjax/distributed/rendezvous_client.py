@@ -15,7 +15,7 @@ from pdjax.errors import ClusterError
 _GRACE_S = 1.0  # process 0, whose deadline may be the same, can say more about it
 
 
-class Guest(Rendezvous):
+class RendezvousClient(Rendezvous):
     """The meeting of a process that comes to process 0.
 
     Attributes:

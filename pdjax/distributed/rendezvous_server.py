@@ -12,16 +12,16 @@ import time
 from pdjax.distributed.frames import ForeignError, Link, Message, encode
 from pdjax.distributed.members import Address, Member, find_disagreement
 from pdjax.distributed.rendezvous import Rendezvous, listen_at, missing_text
-from pdjax.distributed.rendezvous_client import Guest
+from pdjax.distributed.rendezvous_client import RendezvousClient
 from pdjax.errors import ClusterError
 
-_LINGER_S = 5.0  # after a problem, so that those who come a little later hear of it, too
+_LINGER_S = 5.0  # after a problem, so that late processes receive the message, too
 _FLUSH_S = 1.0
 _VISIT_S = 1.0
 _LOOK_S = 0.2
 
 
-class Host(Rendezvous):
+class RendezvousServer(Rendezvous):
     """The meeting at which process 0 awaits the others."""
 
     def __init__(self, coordinator: Address, own: Member, deadline: float) -> None:
@@ -30,7 +30,7 @@ class Host(Rendezvous):
         self._agreed: set[Link] = set()
         self._selector = selectors.DefaultSelector()
         self._listener: socket.socket | None = None
-        self._visit = Guest(coordinator, own, deadline)
+        self._visit = RendezvousClient(coordinator, own, deadline)
         self._turned_away: str | None = None
 
     def meet(self) -> list[Member]:
@@ -93,7 +93,7 @@ class Host(Rendezvous):
             self._listener = None
 
     def _visit_coordinator(self) -> None:
-        """Comes to the coordinator like a guest, to find there oneself, or another process 0."""
+        """Connects to the coordinator like a client: who listens there?"""
         with contextlib.closing(self._visit):
             try:
                 self._visit.meet()
@@ -130,7 +130,7 @@ class Host(Rendezvous):
         problem = None
         try:
             for message in link.read(time.monotonic()):
-                problem = problem or self._hear(link, message)
+                problem = problem or self._receive(link, message)
         except (ForeignError, KeyError, TypeError, ValueError):
             link.ended = "not a process of pdjax, but some program that tries ports"
         if link.ended is None:
@@ -141,7 +141,7 @@ class Host(Rendezvous):
             return None
         return problem or f"{member} ended while the processes were being brought together."
 
-    def _hear(self, link: Link, message: Message) -> str | None:
+    def _receive(self, link: Link, message: Message) -> str | None:
         """Takes note of a message; returns what is wrong with it, if something is."""
         if self._guests[link] is not None:
             self._agreed.add(link)
@@ -201,8 +201,8 @@ class Host(Rendezvous):
         return f"{', '.join(silent)} did not connect to the other processes in time."
 
     def _find_who_listens(self) -> str:
-        """Why this process cannot: if it is another process 0, that one is told, too."""
-        visit = Guest(self._coordinator, self._own, time.monotonic() + _VISIT_S)
+        """Why this process cannot listen; another process 0 that listens is informed, too."""
+        visit = RendezvousClient(self._coordinator, self._own, time.monotonic() + _VISIT_S)
         try:
             with contextlib.closing(visit):
                 visit.meet()

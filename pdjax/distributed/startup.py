@@ -9,17 +9,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from pdjax.distributed.acceptor import Door, greeting
+from pdjax.distributed.acceptor import Acceptor, handshake
 from pdjax.distributed.connect import connect_all
-from pdjax.distributed.connections import Mesh
-from pdjax.distributed.coordinator_proxy import Relay
-from pdjax.distributed.exit import EndOfProgram, end_process, say_last
-from pdjax.distributed.failure_detector import beat_seconds
+from pdjax.distributed.connections import Connections
+from pdjax.distributed.coordinator_proxy import CoordinatorProxy
+from pdjax.distributed.exit import EndOfProgram, end_process, print_last
+from pdjax.distributed.failure_detector import heartbeat_seconds
 from pdjax.distributed.frames import Link, encode
-from pdjax.distributed.heartbeat import Pulse
+from pdjax.distributed.heartbeat import Heartbeat
 from pdjax.distributed.members import Address, Member, introduce
 from pdjax.distributed.options import (
-    Settings,
+    StartOptions,
     check_same,
     check_seconds,
     device_ids,
@@ -27,8 +27,8 @@ from pdjax.distributed.options import (
 )
 from pdjax.distributed.peers import Peers
 from pdjax.distributed.rendezvous import Rendezvous, is_loopback, listen_for_peers
-from pdjax.distributed.rendezvous_client import Guest
-from pdjax.distributed.rendezvous_server import Host
+from pdjax.distributed.rendezvous_client import RendezvousClient
+from pdjax.distributed.rendezvous_server import RendezvousServer
 from pdjax.errors import ClusterError
 
 # JAX, and what needs it, is imported where it is used: the rest works, and is tested, without.
@@ -130,7 +130,7 @@ def initialize(
     if jax_client.is_initialized():
         joined = jax_client.joined()
         check_same(known, joined.num_processes, joined.process_id)
-        settings = Settings(
+        settings = StartOptions(
             Address.parse(joined.coordinator),
             joined.num_processes,
             joined.process_id,
@@ -140,8 +140,8 @@ def initialize(
         return meet(settings, StoreRendezvous, deadline, catch_sigterm=catch)
     if known is None:
         known, ids = _detect(ids, timeout_s)
-    settings = Settings(*known, lost_peer_timeout_s)
-    kind = Guest if settings.process_id else Host
+    settings = StartOptions(*known, lost_peer_timeout_s)
+    kind = RendezvousClient if settings.process_id else RendezvousServer
     peers = meet(settings, kind, deadline, problem=_used_before())
     _start_jax(settings, ids, peers, deadline)
     return peers
@@ -188,7 +188,7 @@ def _detect(
 
 
 def meet(
-    settings: Settings,
+    settings: StartOptions,
     make: Callable[[Address, Member, float], Rendezvous],
     deadline: float,
     *,
@@ -217,28 +217,30 @@ def meet(
         problem,
     )
     with contextlib.ExitStack() as stack:
-        door = stack.enter_context(contextlib.closing(Door(listener, own.token)))
+        acceptor = stack.enter_context(contextlib.closing(Acceptor(listener, own.token)))
         rendezvous = make(settings.coordinator, own, deadline)
-        members, links = bring_together(rendezvous, settings, door, deadline)
-        stack.pop_all()  # it goes well: the mesh closes the door
-    mesh = Mesh(members, settings.process_id, links, door, say_last, end_process)
-    mesh.start()
-    pulse = make_pulse(members, settings)
-    _Run.peers = Peers(members, settings.process_id, mesh, pulse)
+        members, links = bring_together(rendezvous, settings, acceptor, deadline)
+        stack.pop_all()  # it goes well: the connections close the acceptor
+    connections = Connections(
+        members, settings.process_id, links, acceptor, print_last, end_process
+    )
+    connections.start()
+    heartbeat = start_heartbeat(members, settings)
+    _Run.peers = Peers(members, settings.process_id, connections, heartbeat)
     _Run.end = EndOfProgram(_Run.peers, catch_sigterm)
     _Run.end.watch()
     return _Run.peers
 
 
 def bring_together(
-    rendezvous: Rendezvous, settings: Settings, door: Door, deadline: float
+    rendezvous: Rendezvous, settings: StartOptions, acceptor: Acceptor, deadline: float
 ) -> tuple[list[Member], dict[int, Link]]:
     """Meets the others and connects to them; returns all, in order, and the links by process id.
 
     Args:
         rendezvous: how they meet.
         settings: how this process takes part.
-        door: where the others come in.
+        acceptor: where the others come in.
         deadline: when to give up, as `time.monotonic` has it.
 
     Raises:
@@ -250,7 +252,7 @@ def bring_together(
         members = rendezvous.meet()
         own_id, host = settings.process_id, settings.coordinator.host
         try:
-            links = connect_all(members, own_id, host, door, deadline, rendezvous.look)
+            links = connect_all(members, own_id, host, acceptor, deadline, rendezvous.look)
         except ClusterError as error:
             problem = str(error)
         try:
@@ -262,15 +264,15 @@ def bring_together(
     return members, links
 
 
-def make_pulse(members: Sequence[Member], settings: Settings) -> Pulse:
+def start_heartbeat(members: Sequence[Member], settings: StartOptions) -> Heartbeat:
     """Starts what says to the others that this process lives."""
     targets = []
     for member in members:
         if member.process_id != settings.process_id:
             address = member.address.seen_from(settings.coordinator.host)
-            words = greeting(settings.process_id, member, is_pulse=True)
+            words = handshake(settings.process_id, member, is_heartbeat=True)
             targets.append((address.host, address.port, words))
-    return Pulse(targets, encode({"kind": "pulse"}), beat_seconds(members))
+    return Heartbeat(targets, encode({"kind": "heartbeat"}), heartbeat_seconds(members))
 
 
 def _used_before() -> str | None:
@@ -285,7 +287,7 @@ def _used_before() -> str | None:
 
 
 def _start_jax(
-    settings: Settings, ids: tuple[int, ...] | None, peers: Peers, deadline: float
+    settings: StartOptions, ids: tuple[int, ...] | None, peers: Peers, deadline: float
 ) -> None:
     """Tells JAX of the processes.
 
@@ -298,7 +300,7 @@ def _start_jax(
     bind_address = None
     address = str(coordinator)
     if settings.process_id:
-        address = Relay(coordinator.host, coordinator.port, deadline).address
+        address = CoordinatorProxy(coordinator.host, coordinator.port, deadline).address
     elif is_loopback(coordinator.host):
         bind_address = address
     joined = jax_client.Joined(address, settings.num_processes, settings.process_id)

@@ -1,4 +1,4 @@
-"""How processes find each other where JAX has been told of them before: through JAX's own store."""
+"""A rendezvous through JAX's own store, where JAX knows the processes already."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def make_plan(
         schedule=_planned_as(settings),
         num_microbatches=count,
         num_stages=settings.num_stages,
-        straight=settings.straight or not _replicates(settings),
+        straight=not (settings.replicate and _replicates(settings)),
         remat=_planned_remat(settings.remat),
         optimizer_bytes_per_param_byte=optimizer_ratio(settings.optimizer, params),
     )

@@ -13,8 +13,6 @@ import numpy as np
 from pdjax.distributed import Peers
 from pdjax.pipeline.batch import BatchSpec
 from pdjax.pipeline.settings import Settings
-from pdjax.plan import Plan
-from pdjax.schedules import Schedule
 from pdjax.trace import jaxprs
 from pdjax.trace.layers import LayerGraph
 from pdjax.trees import is_function, is_key, leaf_names, shape_of, shapes_of
@@ -39,24 +37,7 @@ def facts(
         params: the parameters, or the function that makes them.
         model_state: the mutable state, or the function that makes it.
     """
-    plan, schedule = settings.plan, settings.schedule
-    found = {
-        "the devices": str([next(iter(p.device_set)).id for p in settings.placements]),
-        "the schedule": schedule.to_json() if isinstance(schedule, Schedule) else schedule,
-        "the plan": plan.to_json() if isinstance(plan, Plan) else str(plan),
-        "the topology": str(settings.topology or "none"),
-        "num_stages": str(settings.num_stages),
-        "num_chunks": str(settings.num_chunks),
-        "num_microbatches": str(settings.num_microbatches),
-        "straight": str(settings.straight),
-        "the weight rule": str(settings.weight_rule),
-        "weighted_loss": str(settings.weighted_loss),
-        "state_update": settings.state_update,
-        "remat": str(settings.remat),
-        "run_ahead": str(settings.run_ahead),
-        "nonfinite": settings.nonfinite,
-        "the eval_loss_fn": "one" if settings.eval_loss_fn is not settings.loss_fn else "none",
-    }
+    found = settings.texts()
     for name, shape, axis in zip(spec.names, spec.shapes, spec.axes, strict=True):
         found[f"the batch leaf {name!r}"] = f"{_text_of_shape(shape)}, batch axis {axis}"
     found["the random key"] = _text_of_leaf(key)

@@ -87,13 +87,14 @@ class Pipeline:
         num_stages: number of stages; if not given, what the plan says.
         num_chunks: stages on each device under ``"interleaved"``; if not given, 2, as under
             ``"zero_bubble_v"``.
-        straight: whether ``plan="auto"`` gives every stage one device. If not, it may replicate
-            stages, under ``"one_f_one_b"`` and ``"pipedream"``: microbatches go to the
-            replicas in turns, and their gradients are averaged. Under an asynchronous schedule
+        replicate: whether ``plan="auto"`` may give a stage several devices, its replicas, under
+            ``"one_f_one_b"`` and ``"pipedream"``: microbatches go to the replicas in turns, and
+            their gradients are averaged. Under an asynchronous schedule
             one update is then made for as many minibatches as a stage has replicas. With
             ``schedule="auto"`` the others are compared without replicas, on as many devices. If
-            not given, True in one process, whose devices share its memory and, on a CPU, its cores,
-            and False where the run has several processes, which bring machines of their own.
+            not given, False in one process, whose devices share its memory and, on a CPU, its
+            cores, and True where the run has several processes, which bring machines of their
+            own.
         num_microbatches: how many microbatches a minibatch is divided into; if not given, 1 for
             ``"pipedream"``, else as many as divide it evenly, up to four for each device.
         devices: where the stages are placed, one each, as devices or shardings; `jax.devices()`
@@ -145,7 +146,7 @@ class Pipeline:
         schedule: str | Schedule | PathLike[str] = "one_f_one_b",
         num_stages: int | None = None,
         num_chunks: int | None = None,
-        straight: bool | None = None,
+        replicate: bool | None = None,
         num_microbatches: int | None = None,
         devices: Sequence[Any] | None = None,
         plan: Plan | str | PathLike[str] | Sequence[str] | None = None,
@@ -179,7 +180,7 @@ class Pipeline:
             devices_given=devices is not None,
             num_stages=count,
             num_chunks=num_chunks,
-            straight=straight,
+            replicate=replicate,
             num_microbatches=choose_num_microbatches(schedule, num_microbatches),
             plan=chosen,
             topology=machines,

@@ -1,9 +1,9 @@
-"""What a `Pipeline` was made with, and how a plan and a batch complete it."""
+"""The arguments of a `Pipeline`, and how a plan and a batch complete them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import optax
@@ -19,16 +19,42 @@ from pdjax.split.differentiate import Remat
 from pdjax.topology.topology import Topology
 
 
+def _text_of_value(value: Any) -> str:
+    """A plan or a schedule with all that it holds, or its short form."""
+    return value.to_json() if isinstance(value, (Plan, Schedule)) else str(value)
+
+
+def _text_of_placements(placements: Sequence[Sharding]) -> str:
+    return str([next(iter(placement.device_set)).id for placement in placements])
+
+
+_NOT_COMPARED = frozenset(
+    # The equations of both functions and of the optimizer are compared, and the axes of the batch
+    # leaves; the first process decides, with its own profile.
+    {"loss_fn", "optimizer", "eval_loss_fn", "batch_axes", "devices_given", "profile"}
+)
+_AS_TEXT: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "schedule": ("the schedule", _text_of_value),
+    "weight_rule": ("the weight rule", str),
+    "placements": ("the devices", _text_of_placements),
+    "plan": ("the plan", _text_of_value),
+    "topology": ("the topology", lambda topology: str(topology or "none")),
+}
+"""Names for people, and texts, of some options; others have their own name, and `str`."""
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What a `Pipeline` was made with; see there.
+    """The arguments of a `Pipeline`, read and checked; see there.
+
+    Every field but a few (`_NOT_COMPARED`) is compared between the processes of a run: see `texts`.
 
     Attributes:
-        placements: where workers may be placed.
-        devices_given: whether the user said so.
-        num_stages: how many there are; None if the plan is to say.
-        num_chunks: stages on each worker; None for what is usual under the schedule.
-        straight: whether an automatic plan must not replicate stages; None for what is usual.
+        placements: devices where workers may be placed.
+        devices_given: whether the user gave them.
+        num_stages: number of stages; None if the plan decides.
+        num_chunks: stages on each worker; None for the schedule's usual number.
+        replicate: whether an automatic plan may replicate stages; None for the usual choice.
     """
 
     loss_fn: Callable[..., Any]
@@ -39,7 +65,7 @@ class Settings:
     devices_given: bool
     num_stages: int | None
     num_chunks: int | None
-    straight: bool | None
+    replicate: bool | None
     num_microbatches: int | None
     plan: Plan | tuple[str, ...] | Literal["auto", "balanced"]
     topology: Topology | None
@@ -58,8 +84,18 @@ class Settings:
         return replace(self, plan=plan, num_stages=plan.num_stages)
 
     def for_processes(self, several: bool) -> Settings:
-        """The settings with whether an automatic plan is straight, also if nobody said so."""
-        return replace(self, straight=is_straight(self.straight, several))
+        """The settings with the usual choice of `replicate` where none was given."""
+        return replace(self, replicate=may_replicate(self.replicate, several))
+
+    def texts(self) -> dict[str, str]:
+        """The options that all processes must have in common, as text by their names."""
+        found = {}
+        for option in fields(self):
+            if option.name not in _NOT_COMPARED:
+                name, as_text = _AS_TEXT.get(option.name, (option.name, str))
+                found[name] = as_text(getattr(self, option.name))
+        given = self.eval_loss_fn is not self.loss_fn
+        return found | {"the eval_loss_fn": "one" if given else "none"}
 
     def for_batch(self, batch_size: int) -> Settings:
         """The settings with the number of microbatches, for minibatches of `batch_size`."""
@@ -120,14 +156,14 @@ def make_schedule(settings: Settings) -> tuple[Schedule, WeightRule]:
     return schedule, rule
 
 
-def is_straight(told: bool | None, several: bool) -> bool:
-    """Whether an automatic plan must not replicate stages.
+def may_replicate(given: bool | None, several: bool) -> bool:
+    """Whether an automatic plan may replicate stages.
 
     Devices of one process share its memory, and on a CPU its cores, so that replicas bring little
     there. Those of several processes are usually on several hosts.
 
     Args:
-        told: what the user said, if anything.
+        given: the user's choice, or None.
         several: whether there are several processes.
     """
-    return not several if told is None else told
+    return several if given is None else given

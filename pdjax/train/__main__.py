@@ -17,7 +17,7 @@ from pdjax import data, distributed
 from pdjax.cli import print_error, run_command
 from pdjax.errors import ClusterError
 from pdjax.pipeline.arguments import AUTO, choose_num_chunks, read_plan, read_schedule
-from pdjax.pipeline.settings import is_straight
+from pdjax.pipeline.settings import may_replicate
 from pdjax.plan import Plan
 from pdjax.schedules import Schedule, find_algorithm
 from pdjax.task import Task, make_task
@@ -70,8 +70,8 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     num_processes = peers.num_processes if peers else 1
     together = num_processes > 1
     usual = max(_NUM_DEVICES, num_processes)
-    straight = is_straight(config.straight, together)
-    num_stages = _num_stages(config, plan, schedule, usual * chunks, straight)
+    replicate = may_replicate(config.replicate, together)
+    num_stages = _num_stages(config, plan, schedule, usual * chunks, replicate)
     num_devices = _num_devices(config, plan, schedule, usual, chunks)
     make_devices(-(-num_devices // num_processes))
     task = make_task(
@@ -137,7 +137,7 @@ def _make_pipeline(
         schedule=schedule,
         num_stages=num_stages,
         num_chunks=config.num_chunks,
-        straight=config.straight,
+        replicate=config.replicate,
         allow_stale=config.allow_stale,
         num_microbatches=config.num_microbatches,
         plan=plan,
@@ -149,7 +149,7 @@ def _make_pipeline(
 
 
 def _num_stages(
-    config: TrainConfig, plan: _Planned, schedule: str | Schedule, usual: int, straight: bool
+    config: TrainConfig, plan: _Planned, schedule: str | Schedule, usual: int, replicate: bool
 ) -> int | None:
     """How many stages are asked for; None if the plan or the schedule says it.
 
@@ -158,7 +158,7 @@ def _num_stages(
     told = isinstance(plan, (Plan, tuple)) or config.num_stages is not None
     if told or isinstance(schedule, Schedule) or schedule == AUTO:
         return config.num_stages
-    replicates = plan == AUTO and not straight and find_algorithm(schedule).replicates
+    replicates = plan == AUTO and replicate and find_algorithm(schedule).replicates
     return None if replicates else usual
 
 

@@ -31,12 +31,12 @@ class TrainConfig:
     num_stages: int | None = None
     """Number of stages, one device each (several under interleaved and zero_bubble_v).
     On a CPU as many virtual devices are made as that takes. By default as many as --plan, --cuts or
-    the schedule's file say, or as an automatic plan that may replicate finds best (see --straight);
-    else what takes 2 devices, or one of each process if there are more."""
+    the schedule's file say, or as an automatic plan that may replicate finds best (see
+    --replicate); else what takes 2 devices, or one of each process if there are more."""
 
-    straight: bool | None = None
-    """Whether the automatic plan gives every stage one device, and replicates none. By default it
-    does in one process, and does not where there are several."""
+    replicate: bool | None = None
+    """Whether the automatic plan may give a stage several devices, its replicas. By default not in
+    one process, but where there are several."""
 
     num_chunks: int | None = None
     """Stages on each device under interleaved; by default 2."""

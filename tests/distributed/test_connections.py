@@ -1,4 +1,4 @@
-"""What processes talk over: messages of a connection, and the relay of JAX's coordinator."""
+"""What processes talk over: messages of a connection, and the proxy of JAX's coordinator."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gatherings import WAIT_S, connect, tcp_pair
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdjax.distributed.coordinator_proxy import Relay
+from pdjax.distributed.coordinator_proxy import CoordinatorProxy
 from pdjax.distributed.frames import ForeignError, Link, encode
 from pdjax.distributed.members import Address
 from pdjax.distributed.rendezvous import listen_at
@@ -48,8 +48,8 @@ def test_what_is_no_message(words):
 
 def test_the_relay_stays_open_when_the_server_dies():
     port = free_port()
-    relay = Relay("127.0.0.1", port, time.monotonic() + WAIT_S)
-    near = connect(int(relay.address.rpartition(":")[2]))
+    proxy = CoordinatorProxy("127.0.0.1", port, time.monotonic() + WAIT_S)
+    near = connect(int(proxy.address.rpartition(":")[2]))
     near.sendall(b"hello")
     with listen_at(Address("127.0.0.1", port)) as server:  # later than the client
         far = server.accept()[0]
@@ -65,8 +65,8 @@ def test_the_relay_stays_open_when_the_server_dies():
 
 def test_the_relay_ends_the_connection_when_the_client_does():
     with listen_at(Address("127.0.0.1", 0)) as server:
-        relay = Relay("127.0.0.1", server.getsockname()[1], time.monotonic() + WAIT_S)
-        near = connect(int(relay.address.rpartition(":")[2]))
+        proxy = CoordinatorProxy("127.0.0.1", server.getsockname()[1], time.monotonic() + WAIT_S)
+        near = connect(int(proxy.address.rpartition(":")[2]))
         far = server.accept()[0]
         near.close()
         far.settimeout(WAIT_S)

@@ -24,7 +24,7 @@ from gatherings import (
 )
 
 from pdjax.distributed.exit import EndOfProgram
-from pdjax.distributed.failure_detector import Silence
+from pdjax.distributed.failure_detector import FailureDetector
 from pdjax.distributed.frames import Link, encode
 from pdjax.distributed.members import Address, introduce
 from pdjax.distributed.peers import Peers
@@ -124,7 +124,7 @@ def test_an_end_of_connection_after_a_goodbye_is_no_loss():
         gone = everyone.pop()
         gone.say(**GOODBYE)
         gone.crash()
-        wait_until(lambda: all(2 not in peers._mesh._links for peers in everyone))
+        wait_until(lambda: all(2 not in peers._connections._links for peers in everyone))
         time.sleep(0.1)
         assert all(heard.empty() for heard in losses)
         everywhere(everyone, Peers.close)
@@ -287,16 +287,16 @@ def test_who_hears_nobody_may_be_cut_off_itself():
 def test_a_process_that_runs_no_python_at_all_is_lost_in_the_end():
     own = introduce(0, 2, Address("", 1), VERSIONS, 10.0)
     near, far = tcp_pair()
-    link, pulse = Link(near), Link(far)
-    silence = Silence(own)
-    pulse.heard_at = 100.0
-    assert silence.find_lost({1: link}, {1: pulse}, 101.0) is None
-    pulse.heard_at = 121.0
-    lost = silence.find_lost({1: link}, {1: pulse}, 121.0)
+    link, heartbeat = Link(near), Link(far)
+    silence = FailureDetector(own)
+    heartbeat.heard_at = 100.0
+    assert silence.find_lost({1: link}, {1: heartbeat}, 101.0) is None
+    heartbeat.heard_at = 121.0
+    lost = silence.find_lost({1: link}, {1: heartbeat}, 121.0)
     assert lost is not None
     assert lost.reason == "hangs: it has run no Python for 121 s"
     link.close()
-    pulse.close()
+    heartbeat.close()
 
 
 def test_no_false_alarm():
@@ -307,8 +307,8 @@ def test_no_false_alarm():
 
 
 def test_the_impatient_is_beaten_for_by_the_patient():
-    told = [{"process_id": 0, "lost_s": 1.0}, {"process_id": 1, "lost_s": 600.0}]
-    processes = [future.result() for future in come_all(*told)]
+    given = [{"process_id": 0, "lost_s": 1.0}, {"process_id": 1, "lost_s": 600.0}]
+    processes = [future.result() for future in come_all(*given)]
     everyone = [process.watch() for process in processes]
     time.sleep(1.5)
     assert all(process.losses.empty() for process in processes)
@@ -345,7 +345,7 @@ def test_a_failure_is_told():
         assert losses[1].empty()
 
 
-@pytest.mark.parametrize(("hook_s", "expected"), [(0, "said, told"), (1.5, "told, said, told")])
+@pytest.mark.parametrize(("hook_s", "expected"), [(0, "said, given"), (1.5, "given, said, given")])
 def test_a_traceback_comes_before_the_others_hear_of_it_unless_it_takes_long(hook_s, expected):
     """As soon as they have ended, a launcher ends this process, too."""
     done: list[str] = []
@@ -356,7 +356,7 @@ def test_a_traceback_comes_before_the_others_hear_of_it_unless_it_takes_long(hoo
 
         def leave(self, reason: str) -> None:
             assert reason == "failed: ValueError: bad"
-            done.append("told")
+            done.append("given")
 
     others: Any = Others()
     end = EndOfProgram(others, catch_sigterm=False)
@@ -408,5 +408,5 @@ def test_one_that_reads_nothing_does_not_block_the_others():
     """A stopped process takes nothing in; the others still talk, and notice."""
     with run_of(3, raw=[2], lost_s=2.0) as (everyone, losses):
         everyone[0].describe("x" * 20_000_000)
-        wait_until(lambda: everyone[1]._mesh.standings[0].stages)
+        wait_until(lambda: everyone[1]._connections.standings[0].stages)
         assert "process 2" in losses[0].get(timeout=WAIT_S)

@@ -29,14 +29,14 @@ sys.modules["pdjax"] = root
 WITHOUT_JAX = (
     ALONE
     + f"""
-from pdjax.distributed import settings, starting
-from pdjax.distributed.guest import Guest
-from pdjax.distributed.host import Host
-known = settings.given_or_environment(None, None, None)
+from pdjax.distributed import options, startup
+from pdjax.distributed.rendezvous_client import RendezvousClient
+from pdjax.distributed.rendezvous_server import RendezvousServer
+known = options.given_or_environment(None, None, None)
 number = known[2]
-peers = starting.meet(
-    settings.Settings(*known, float(os.environ["LOST_S"])),
-    Guest if number else Host,
+peers = startup.meet(
+    options.StartOptions(*known, float(os.environ["LOST_S"])),
+    RendezvousClient if number else RendezvousServer,
     time.monotonic() + {WAIT_S},
 )
 
@@ -71,7 +71,7 @@ class Cluster:
     """Processes that run one program."""
 
     def __init__(self, program: str, num_processes: int, lost_s: float) -> None:
-        told = {
+        given = {
             "PDJAX_COORDINATOR": f"127.0.0.1:{free_port()}",
             "PDJAX_NUM_PROCESSES": str(num_processes),
             "LOST_S": str(lost_s),
@@ -81,7 +81,7 @@ class Cluster:
         self.processes = [
             subprocess.Popen(
                 [sys.executable, "-c", program],
-                env=os.environ | told | {"PDJAX_PROCESS_ID": str(number)},
+                env=os.environ | given | {"PDJAX_PROCESS_ID": str(number)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -248,7 +248,7 @@ def test_nobody_reads_the_message():
 
 
 @pytest.mark.parametrize(
-    ("ending", "code", "told", "written"),
+    ("ending", "code", "given", "written"),
     [
         ("raise ValueError('no\\nway')", 1, "failed: ValueError: no way", "ValueError: no\nway"),
         ("sys.exit(3)", 3, "failed: ended with exit code 3", ""),
@@ -258,7 +258,7 @@ def test_nobody_reads_the_message():
         ("os._exit(4)", 4, "was killed or crashed", ""),
     ],
 )
-def test_failed(ending, code, told, written):
+def test_failed(ending, code, given, written):
     # It waits until all are ready, and the test closes its standard input.
     scenario = f"if number == 0: block()\nsys.stdin.read()\n{ending}"
     with cluster(program(scenario)) as run:
@@ -268,8 +268,8 @@ def test_failed(ending, code, told, written):
         assert written in text
         found, text = run.outcome(0)
         assert found == 1
-        assert re.fullmatch(rf"error: process 1 .*, {told}\. It had completed 7 .*\n", text) or (
-            "was killed or crashed" in told and told in text
+        assert re.fullmatch(rf"error: process 1 .*, {given}\. It had completed 7 .*\n", text) or (
+            "was killed or crashed" in given and given in text
         )
 
 
@@ -368,12 +368,14 @@ def test_a_run_after_a_run():
     """After `shutdown` nothing is left of the first: no hooks, no port."""
     scenario = """
 hooks = sys.excepthook, sys.exit, signal.getsignal(signal.SIGINT)
-starting.shutdown()
-assert starting.current() is None
+startup.shutdown()
+assert startup.current() is None
 assert (sys.excepthook, sys.exit, signal.getsignal(signal.SIGINT)) != hooks
 assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-again = starting.meet(
-    settings.Settings(*known, 20.0), Guest if number else Host, time.monotonic() + 20
+again = startup.meet(
+    options.StartOptions(*known, 20.0),
+    RendezvousClient if number else RendezvousServer,
+    time.monotonic() + 20,
 )
 assert again.exchange("second", number) == [0, 1]
 """
@@ -455,7 +457,7 @@ assert (peers.process_id, peers.num_processes) == (number, 2)
 
 
 def test_jax_was_used_before():
-    """All are told, also the one that did nothing wrong."""
+    """All receive it, also the one that did nothing wrong."""
     scenario = """
 if number: jax.devices()
 pdjax.distributed.initialize()

@@ -124,7 +124,7 @@ def _is_alive(pid: int) -> bool:
 def test_signals_are_passed_on(number):
     code = (
         "import signal, sys, time\n"
-        f"signal.signal({int(number)}, lambda *_: (print('told', flush=True), sys.exit(5)))\n"
+        f"signal.signal({int(number)}, lambda *_: (print('given', flush=True), sys.exit(5)))\n"
         "print('ready', flush=True)\ntime.sleep(60)"
     )
     command = [sys.executable, "-m", "pdjax.launch", "--num-processes", "2", "--"]
@@ -135,8 +135,8 @@ def test_signals_are_passed_on(number):
         ready = sorted(process.stdout.readline() for _ in range(2))
         assert ready == ["[0] ready\n", "[1] ready\n"]
         process.send_signal(number)
-        told = sorted(process.stdout.readlines())
-        assert told == ["[0] told\n", "[1] told\n"]
+        given = sorted(process.stdout.readlines())
+        assert given == ["[0] given\n", "[1] given\n"]
         assert process.wait(30) == 128 + number
 
 

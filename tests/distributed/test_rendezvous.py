@@ -23,13 +23,13 @@ from gatherings import (
 )
 
 from pdjax.distributed import rendezvous_server as hosting
-from pdjax.distributed.acceptor import Door, greeting
+from pdjax.distributed.acceptor import Acceptor, handshake
 from pdjax.distributed.connect import connect_all
 from pdjax.distributed.frames import Link, encode
 from pdjax.distributed.members import Address, introduce
 from pdjax.distributed.options import VARIABLES, device_ids, given_or_environment
 from pdjax.distributed.rendezvous import listen_at, listen_for_peers
-from pdjax.distributed.rendezvous_client import Guest
+from pdjax.distributed.rendezvous_client import RendezvousClient
 from pdjax.distributed.startup import initialize, is_needed
 from pdjax.errors import ClusterError
 from pdjax.launch import free_port
@@ -67,8 +67,8 @@ def test_two_processes_with_one_id():
 
 @pytest.mark.parametrize("num_processes", [2, 3])
 def test_two_processes_0_on_one_host(num_processes, quick):
-    told = {"process_id": 0, "num_processes": num_processes}
-    found = refusals(told, told)
+    given = {"process_id": 0, "num_processes": num_processes}
+    found = refusals(given, given)
     assert len(set(found)) == 1
     assert "2 processes have the process_id 0" in found[0]
 
@@ -158,10 +158,10 @@ def test_another_program_listens_at_the_coordinator():
         threading.Thread(target=answer, daemon=True).start()
         with pytest.raises(
             ClusterError, match="does not answer as process 0 of pdjax does"
-        ) as told:
+        ) as given:
             come(port, 1, 2, timeout_s=0.5)
-        assert "with all 2 processes? Then another one has the process_id 1:" in str(told.value)
-        assert "does another program use the port?" in str(told.value)
+        assert "with all 2 processes? Then another one has the process_id 1:" in str(given.value)
+        assert "does another program use the port?" in str(given.value)
         other.shutdown(socket.SHUT_RDWR)
 
 
@@ -199,8 +199,8 @@ def test_strangers_are_ignored():
             with connect(port) as stranger:
                 stranger.sendall(words)
         silent = connect(port)
-        guest = pool.submit(come, port, 1, 2)
-        for process in (host.result(), guest.result()):
+        client = pool.submit(come, port, 1, 2)
+        for process in (host.result(), client.result()):
             assert len(process.members) == 2
             process.crash()
         silent.close()
@@ -210,17 +210,17 @@ def test_only_who_knows_the_token_is_let_in():
     listener = listen_for_peers()
     port = listener.getsockname()[1]
     members = [introduce(n, 2, Address("127.0.0.1", port), VERSIONS, 30.0) for n in range(2)]
-    stranger, friend, pulse = (Link(connect(port)) for _ in range(3))
-    stranger.send(encode({"hello": 1, "token": "guessed", "is_pulse": False}))
-    pulse.send(greeting(1, members[0], is_pulse=True))
-    friend.send(greeting(1, members[0]))
-    door = Door(listener, members[0].token)
-    links = connect_all(members, 0, "127.0.0.1", door, time.monotonic() + WAIT_S, nothing)
-    door.admit(0.1)
-    assert list(door.pulses) == [1]
+    stranger, friend, heartbeat = (Link(connect(port)) for _ in range(3))
+    stranger.send(encode({"hello": 1, "token": "guessed", "is_heartbeat": False}))
+    heartbeat.send(handshake(1, members[0], is_heartbeat=True))
+    friend.send(handshake(1, members[0]))
+    acceptor = Acceptor(listener, members[0].token)
+    links = connect_all(members, 0, "127.0.0.1", acceptor, time.monotonic() + WAIT_S, nothing)
+    acceptor.admit(0.1)
+    assert list(acceptor.heartbeats) == [1]
     friend.send(encode(GOODBYE))
     wait_until(lambda: links[1].read(0.0) == [GOODBYE])
-    for link in (stranger, friend, pulse, links[1], door):
+    for link in (stranger, friend, heartbeat, links[1], acceptor):
         link.close()
 
 
@@ -232,12 +232,12 @@ def test_no_way_between_two_that_are_not_the_coordinator():
         first = pool.submit(come, port, 0, 3, timeout_s=3)
         last = pool.submit(come, port, 2, 3, timeout_s=1)
         own = introduce(1, 3, Address("", closed), VERSIONS, 30.0)
-        guest = Guest(Address("127.0.0.1", port), own, time.monotonic() + WAIT_S)
-        guest.meet()
-        wait_until(lambda: isinstance(raised(guest.look), ClusterError))
+        client = RendezvousClient(Address("127.0.0.1", port), own, time.monotonic() + WAIT_S)
+        client.meet()
+        wait_until(lambda: isinstance(raised(client.look), ClusterError))
         for future in (first, last):
             assert f"no connection to process 1 ({socket.gethostname()}" in str(future.exception())
-        guest.close()
+        client.close()
 
 
 # --- arguments

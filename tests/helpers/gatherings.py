@@ -11,16 +11,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from pdjax.distributed.acceptor import Door
-from pdjax.distributed.connections import Mesh
+from pdjax.distributed.acceptor import Acceptor
+from pdjax.distributed.connections import Connections
 from pdjax.distributed.frames import Link, encode
-from pdjax.distributed.heartbeat import Pulse
+from pdjax.distributed.heartbeat import Heartbeat
 from pdjax.distributed.members import Address, Member, introduce
-from pdjax.distributed.options import Settings
+from pdjax.distributed.options import StartOptions
 from pdjax.distributed.peers import Peers
 from pdjax.distributed.rendezvous import listen_for_peers
-from pdjax.distributed.rendezvous_client import Guest
-from pdjax.distributed.rendezvous_server import Host
+from pdjax.distributed.rendezvous_client import RendezvousClient
+from pdjax.distributed.rendezvous_server import RendezvousServer
 from pdjax.distributed.startup import bring_together
 from pdjax.errors import ClusterError
 from pdjax.launch import free_port
@@ -43,51 +43,55 @@ class Process:
     members: list[Member]
     process_id: int
     links: dict[int, Link]
-    door: Door
+    acceptor: Acceptor
     losses: Losses = field(default_factory=queue.Queue)
 
     def watch(self) -> Peers:
         number, on_lost = self.process_id, self.losses.put
-        mesh = Mesh(self.members, number, self.links, self.door, on_lost, on_end=nothing)
-        mesh.start()
-        return Peers(self.members, number, mesh, Pulse([], b"", 1.0))  # all are in one process
+        connections = Connections(
+            self.members, number, self.links, self.acceptor, on_lost, on_end=nothing
+        )
+        connections.start()
+        return Peers(
+            self.members, number, connections, Heartbeat([], b"", 1.0)
+        )  # all are in one process
 
     def say(self, **message) -> None:
         for link in self.links.values():
             link.send(encode(message))
 
     def crash(self) -> None:
-        self.door.close()
+        self.acceptor.close()
         for link in self.links.values():
             link.close()
 
 
-def come(port, process_id, num_processes, *, timeout_s=WAIT_S, lost_s=30.0, **told) -> Process:
+def come(port, process_id, num_processes, *, timeout_s=WAIT_S, lost_s=30.0, **given) -> Process:
     """One process comes to the meeting."""
     deadline = time.monotonic() + timeout_s
-    settings = Settings(Address("127.0.0.1", port), num_processes, process_id, lost_s)
+    settings = StartOptions(Address("127.0.0.1", port), num_processes, process_id, lost_s)
     listener = listen_for_peers()
     address = Address("", listener.getsockname()[1])
-    versions = told.pop("versions", VERSIONS)
-    own = introduce(process_id, num_processes, address, versions, lost_s, **told)
-    kind = Guest if process_id else Host
+    versions = given.pop("versions", VERSIONS)
+    own = introduce(process_id, num_processes, address, versions, lost_s, **given)
+    kind = RendezvousClient if process_id else RendezvousServer
     rendezvous = kind(settings.coordinator, own, deadline)
-    door = Door(listener, own.token)
+    acceptor = Acceptor(listener, own.token)
     try:
-        members, links = bring_together(rendezvous, settings, door, deadline)
+        members, links = bring_together(rendezvous, settings, acceptor, deadline)
     except ClusterError:
-        door.close()
+        acceptor.close()
         raise
-    return Process(members, process_id, links, door)
+    return Process(members, process_id, links, acceptor)
 
 
 def come_all(*processes: dict) -> list[Future[Process]]:
-    """Several come, each told something of its own."""
+    """Several connect, each with arguments of its own."""
     port = free_port()
     with ThreadPoolExecutor(len(processes)) as pool:
         return [
-            pool.submit(come, **{"port": port, "num_processes": len(processes), **told})
-            for told in processes
+            pool.submit(come, **{"port": port, "num_processes": len(processes), **given})
+            for given in processes
         ]
 
 
@@ -101,8 +105,8 @@ def refusals(*processes: dict) -> list[str]:
 @contextlib.contextmanager
 def run_of(num_processes, *, lost_s=30.0, raw=()) -> Iterator[tuple[list[Any], list[Losses]]]:
     """A run: `Peers` for each process, but the bare `Process` for those in `raw`."""
-    told = [{"process_id": number, "lost_s": lost_s} for number in range(num_processes)]
-    processes = [future.result() for future in come_all(*told)]
+    given = [{"process_id": number, "lost_s": lost_s} for number in range(num_processes)]
+    processes = [future.result() for future in come_all(*given)]
     everyone = [p if p.process_id in raw else p.watch() for p in processes]
     try:
         yield everyone, [p.losses for p in processes]

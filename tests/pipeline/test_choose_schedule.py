@@ -150,7 +150,7 @@ def test_the_plan_may_have_replicas(allow_stale, num_stages, compared, chosen):
     pipe, state, batch = make(
         case,
         plan="auto",
-        straight=False,
+        replicate=True,
         profile=slow_first(case, 2),
         devices=jax.devices()[:4],
         topology="4@1GB/s",
@@ -165,21 +165,21 @@ def test_the_plan_may_have_replicas(allow_stale, num_stages, compared, chosen):
 
 
 @pytest.mark.parametrize(
-    ("straight", "cut_bytes", "param_bytes", "chosen", "replicas"),
+    ("replicate", "cut_bytes", "param_bytes", "chosen", "replicas"),
     [
-        (True, 1e9, 8.0, "model_parallel", (1,)),  # nothing is gained by a second worker
-        (False, 1e9, 8.0, "one_f_one_b", (4,)),  # data parallelism
-        (False, 4.0, 8e5, "zero_bubble_h1", (1,) * 4),  # that takes 34 ms, this 30 ms
+        (False, 1e9, 8.0, "model_parallel", (1,)),  # nothing is gained by a second worker
+        (True, 1e9, 8.0, "one_f_one_b", (4,)),  # data parallelism
+        (True, 4.0, 8e5, "zero_bubble_h1", (1,) * 4),  # that takes 34 ms, this 30 ms
     ],
 )
-def test_what_is_run_is_what_was_simulated(straight, cut_bytes, param_bytes, chosen, replicas):
+def test_what_is_run_is_what_was_simulated(replicate, cut_bytes, param_bytes, chosen, replicas):
     case = zoo.dense_blocks(num_blocks=8)
     figures = (1e-3, 2e-3, cut_bytes, param_bytes)
     rows = (LayerProfile(name, *figures) for name in names_of_layers(case, 2))
     pipe, state, batch = make(
         case,
         plan="auto",
-        straight=straight,
+        replicate=replicate,
         profile=Profile(tuple(rows), batch_size=2),
         devices=jax.devices()[:4],
         topology="4@1GB/s",

@@ -325,19 +325,19 @@ def test_a_plan_with_replicas_is_run(schedule):
 
 
 @pytest.mark.parametrize(
-    ("straight", "schedule", "num_stages", "replicas"),
+    ("replicate", "schedule", "num_stages", "replicas"),
     [
-        (False, "one_f_one_b", None, (4,)),
-        (False, "one_f_one_b", 1, (4,)),
-        (True, "one_f_one_b", None, (1,)),
-        (True, "one_f_one_b", 1, (1,)),
+        (True, "one_f_one_b", None, (4,)),
+        (True, "one_f_one_b", 1, (4,)),
+        (False, "one_f_one_b", None, (1,)),
+        (False, "one_f_one_b", 1, (1,)),
         (None, "one_f_one_b", None, (1,)),
-        (False, "gpipe", None, (1,)),
-        (False, "pipedream_vertical_sync", None, (1,)),
+        (True, "gpipe", None, (1,)),
+        (True, "pipedream_vertical_sync", None, (1,)),
     ],
 )
 def test_the_planner_replicates_if_it_and_the_schedule_may(
-    straight, schedule, num_stages, replicas
+    replicate, schedule, num_stages, replicas
 ):
     names = ("block_0", "block_1", "block_2", "block_3")
     count = 1 if schedule == "pipedream_vertical_sync" else 4
@@ -349,7 +349,7 @@ def test_the_planner_replicates_if_it_and_the_schedule_may(
         OPTIMIZER,
         schedule=schedule,
         plan="auto",
-        straight=straight,
+        replicate=replicate,
         num_stages=num_stages,
         profile=profile,
         topology="4@1MB/s",
@@ -363,10 +363,10 @@ def test_the_planner_replicates_if_it_and_the_schedule_may(
 
 def test_several_processes_may_replicate_unless_told_otherwise():
     pipe = pdjax.Pipeline(case().loss_fn, OPTIMIZER)
-    for given, in_one, in_several in ((None, True, False), (True,) * 3, (False,) * 3):
-        settings = replace(pipe._settings, straight=given)
-        assert settings.for_processes(several=False).straight is in_one
-        assert settings.for_processes(several=True).straight is in_several
+    for given, in_one, in_several in ((None, False, True), (True,) * 3, (False,) * 3):
+        settings = replace(pipe._settings, replicate=given)
+        assert settings.for_processes(several=False).replicate is in_one
+        assert settings.for_processes(several=True).replicate is in_several
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "zero_bubble_h1", "pipedream_vertical_sync"])

@@ -148,25 +148,25 @@ def test_data_has_a_digest(source):
 
 
 @pytest.mark.parametrize(
-    ("plan", "schedule", "straight", "several", "expected"),
+    ("plan", "schedule", "replicate", "several", "expected"),
     [
         ("auto", "one_f_one_b", None, False, 2),
         ("auto", "one_f_one_b", None, True, None),
         ("auto", "pipedream", None, True, None),
         ("auto", "gpipe", None, True, 2),
         ("auto", "interleaved", None, True, 4),
-        ("auto", "one_f_one_b", True, True, 2),
-        ("auto", "one_f_one_b", False, False, None),
+        ("auto", "one_f_one_b", False, True, 2),
+        ("auto", "one_f_one_b", True, False, None),
         ("balanced", "one_f_one_b", None, True, 2),
-        ("balanced", "one_f_one_b", False, True, 2),
+        ("balanced", "one_f_one_b", True, True, 2),
         (("block_1",), "one_f_one_b", None, True, None),
     ],
 )
-def test_stages_that_are_asked_for(monkeypatch, plan, schedule, straight, several, expected):
+def test_stages_that_are_asked_for(monkeypatch, plan, schedule, replicate, several, expected):
     """None where they are the planner's to choose, so that it may replicate them."""
 
     def make_pipeline(config, task, optimizer, schedule, plan, num_stages):
-        raise StopIteration(config.straight, num_stages, task.params)
+        raise StopIteration(config.replicate, num_stages, task.params)
 
     peers = other_peers({})
     peers.num_processes = 2
@@ -174,11 +174,11 @@ def test_stages_that_are_asked_for(monkeypatch, plan, schedule, straight, severa
     monkeypatch.setattr("pdjax.train.__main__._make_pipeline", make_pipeline)
     named: Any = {"cuts": plan} if isinstance(plan, tuple) else {"plan": plan}
     named |= {"model": "mlp", "model_fields": SMALL["mlp"], "schedule": schedule}
-    config = TrainConfig(straight=straight, **named)
+    config = TrainConfig(replicate=replicate, **named)
     with pytest.raises(StopIteration) as stopped:
         train(config, Console(file=io.StringIO()))
     given, num_stages, params = stopped.value.args
-    assert (given, num_stages) == (straight, expected)
+    assert (given, num_stages) == (replicate, expected)
     assert callable(params) == several
 
 

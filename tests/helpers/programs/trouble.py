@@ -1,4 +1,4 @@
-"""One of two processes that get into all kinds of trouble, and writes what it is told."""
+"""One of two processes that get into all kinds of trouble, and writes the messages that it gets."""
 
 from __future__ import annotations
 
