@@ -74,14 +74,14 @@ def choose_schedule(
     candidate = comparison.candidates[comparison.outcomes.index(chosen)]
     if not find_algorithm(chosen.name).divides:
         figures = replace(figures, num_microbatches=1, profile=settings.profile)
-    decided = replace(
+    resolved = replace(
         figures,
         schedule=chosen.name,
         num_stages=candidate.schedule.num_stages,
         slack=candidate.slack,
         update_lag=candidate.update_lag,
     )
-    return replace(decided, plan=plan) if chosen.name == _PLANNED_AS else decided, comparison
+    return replace(resolved, plan=plan) if chosen.name == _PLANNED_AS else resolved, comparison
 
 
 def _is_allowed(settings: Settings, plan: Plan, name: str) -> bool:

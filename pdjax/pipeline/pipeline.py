@@ -29,6 +29,7 @@ from pdjax.pipeline.arguments import (
     stage_wishes,
 )
 from pdjax.pipeline.prepared import Prepared, profile_model
+from pdjax.pipeline.program_cache import DEFAULT_BOUND
 from pdjax.pipeline.settings import Settings
 from pdjax.pipeline.state import PipelineState, Training
 from pdjax.pipeline.user_arrays import gather, origins_of
@@ -142,6 +143,9 @@ class Pipeline:
             schedules as many more as there are stages. Each of them holds its batch.
         nonfinite: ``"raise"`` to stop with `NonFiniteLossError` when a loss is NaN or infinite,
             or ``"ignore"``.
+        max_batch_shapes: how many batch shapes the compiled programs are kept for, and as many for
+            evaluations; the least recently used ones are compiled again when they come back
+            (`counts` has the number of these recompilations).
 
     Raises:
         ValueError: if the arguments do not fit each other; the text says what to change.
@@ -172,6 +176,7 @@ class Pipeline:
         state_update: Literal["microbatch", "minibatch"] = "microbatch",
         run_ahead: int | None = None,
         nonfinite: Literal["raise", "ignore"] = "raise",
+        max_batch_shapes: int = DEFAULT_BOUND,
     ) -> None:
         check_optimizer(optimizer)
         check_remat(remat)
@@ -206,11 +211,14 @@ class Pipeline:
             allow_stale=allow_stale,
             run_ahead=run_ahead,
             nonfinite=one_of("nonfinite", nonfinite, ("raise", "ignore")),
+            max_batch_shapes=max_batch_shapes,
         )
         self._latest: Training | None = None
         self._timeline: Timeline | None = None
         if run_ahead is not None and run_ahead < 1:
             raise ValueError(f"run_ahead={run_ahead}; expected at least 1 step.")
+        if max_batch_shapes < 1:
+            raise ValueError(f"max_batch_shapes={max_batch_shapes}; expected at least 1.")
 
     # -------- training
 

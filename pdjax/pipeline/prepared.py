@@ -1,4 +1,4 @@
-"""From what a person hands over to something that runs: decide, split, compile, feed."""
+"""From what a person hands over to something that runs: resolve, split, compile, feed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from pdjax.pipeline.batch import (
 from pdjax.pipeline.compiled_costs import compiled_costs
 from pdjax.pipeline.feed import InputFeed
 from pdjax.pipeline.processes import make_transport, peers_of
-from pdjax.pipeline.program_cache import DEFAULT_BOUND, ProgramCache
-from pdjax.pipeline.resolve import Example, decide
+from pdjax.pipeline.program_cache import ProgramCache
+from pdjax.pipeline.resolve import Example, resolve
 from pdjax.pipeline.settings import Settings
 from pdjax.profile.cached import measured_profile
 from pdjax.profile.profile import Profile
@@ -100,16 +100,15 @@ class Prepared:
         batch: Any,
         model_state: Any,
         rng: Any,
-        max_batch_shapes: int = DEFAULT_BOUND,
     ) -> None:
         self._example = example = _example(settings, params, batch, model_state, rng)
         self._spec = example.spec
         peers = peers_of(settings.placements, chosen_by_user=settings.devices_given)
         sized = settings.for_processes(peers is not None).for_batch(self._spec.size)
-        decided = decide(sized, example, params, model_state, peers)
-        self._settings = settings = decided.settings
-        self.plan, self.schedule, self.rule = decided.plan, decided.schedule, decided.rule
-        self.comparison, self._remat = decided.comparison, decided.remat
+        resolved = resolve(sized, example, params, model_state, peers)
+        self._settings = settings = resolved.settings
+        self.plan, self.schedule, self.rule = resolved.plan, resolved.schedule, resolved.rule
+        self.comparison, self._remat = resolved.comparison, resolved.remat
         placements = settings.placements
         self.replicas = ReplicaMap.of(self.schedule)
         self.peers = peers
@@ -120,11 +119,11 @@ class Prepared:
         self._feed = InputFeed(
             self.schedule, placements, self._is_local, self._everywhere(rng), self._spec
         )
-        self._specs = ProgramCache[BatchSpec](8 * max_batch_shapes)
-        self._programs = ProgramCache[_Programs](max_batch_shapes)
-        self._evaluations = ProgramCache[Evaluation](max_batch_shapes)
+        self._specs = ProgramCache[BatchSpec](8 * settings.max_batch_shapes)
+        self._programs = ProgramCache[_Programs](settings.max_batch_shapes)
+        self._evaluations = ProgramCache[Evaluation](settings.max_batch_shapes)
         self._consts = PlacedConsts(placements, self._is_local)
-        self.split = split(decided.graph, self.plan.first_layers)
+        self.split = split(resolved.graph, self.plan.first_layers)
         self.update = self._split_optimizer()
         self.state_homes = _state_homes(self.split)
         self.weights, self.model = self._gathers()

@@ -1,4 +1,4 @@
-"""What a pipeline will run, decided before anything is compiled: plan, schedule, weight rule.
+"""What a pipeline will run, resolved before anything is compiled: plan, schedule, weight rule.
 
 Where the devices belong to several processes, the first one decides, and the others are told; what
 all of them were given is compared before that.
@@ -68,11 +68,11 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Decision:
+class Resolved:
     """What is run.
 
     Attributes:
-        settings: with all that was decided; placements are those of the stages' replicas.
+        settings: with all that was resolved; placements are those of the stages' replicas.
         graph: the loss function, traced for a microbatch.
         plan: which layers make up which stage.
         remat: what each stage recomputes.
@@ -91,9 +91,9 @@ class Decision:
     comparison: Comparison | None
 
 
-def decide(
+def resolve(
     settings: Settings, example: Example, params: Any, model_state: Any, peers: Peers | None
-) -> Decision:
+) -> Resolved:
     """Finds plan and schedule.
 
     Args:
@@ -120,8 +120,8 @@ def decide(
     chosen = chosen.for_plan(plan)
     schedule, rule = make_schedule(chosen)
     placements = tuple(place_stages(plan, schedule, chosen.placements))
-    decided = replace(chosen, placements=placements)
-    return Decision(decided, graph, plan, remat_of(decided, plan), schedule, rule, comparison)
+    resolved = replace(chosen, placements=placements)
+    return Resolved(resolved, graph, plan, remat_of(resolved, plan), schedule, rule, comparison)
 
 
 _Choice = tuple[Settings, Plan, Comparison | None]

@@ -82,6 +82,7 @@ class Settings:
     allow_stale: bool
     run_ahead: int | None
     nonfinite: Literal["raise", "ignore"]
+    max_batch_shapes: int
 
     def for_plan(self, plan: Plan) -> Settings:
         """The settings with all that a plan decides."""
@@ -140,7 +141,7 @@ def place_stages(plan: Plan, schedule: Schedule, placements: Sequence[Sharding])
 
 
 def make_schedule(settings: Settings) -> tuple[Schedule, WeightRule]:
-    """The validated schedule and weight rule, once all is decided."""
+    """The validated schedule and weight rule, once all is resolved."""
     schedule = settings.schedule
     assert settings.num_stages is not None, "the plan has said how many"
     if isinstance(schedule, str):

@@ -210,3 +210,47 @@ def test_evaluation_that_does_not_divide():
         pipe.evaluate(state, CASE.make_batch(4, 0), num_microbatches=0)
     with pytest.raises(ValueError, match="3 equal parts"):
         pipe.evaluate(state, CASE.make_batch(4, 0), num_microbatches=3)
+
+
+@pytest.mark.parametrize("schedule", ["one_f_one_b", "pipedream", "pipedream_vertical_sync"])
+def test_slack_is_an_argument(schedule):
+    case = zoo.dense_blocks()
+    pipe = pdjax.Pipeline(case.loss_fn, optax.sgd(0.1), schedule=schedule, num_stages=3, slack=1)
+    pipe.init(case.params, case.make_batch(8, 0))
+    count = pipe.schedule.num_microbatches
+    tight, slack = (
+        schedules.ALGORITHMS[schedule].make(3, count, slack=slack).workers for slack in (0, 1)
+    )
+    assert tight != pipe.schedule.workers == slack
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"slack": -1}, r"slack=-1; expected a whole number from 0 on"),
+        ({"slack": True}, r"slack=True; expected a whole number"),
+        ({"slack": 1, "schedule": "gpipe"}, r"'gpipe' has no slack\..*one_f_one_b, pipedream"),
+        ({"slack": 1, "schedule": "auto"}, r"schedule='auto' chooses it"),
+        ({"update_lag": 1}, r"'one_f_one_b' has no update_lag\..*use one of pipedream\."),
+        ({"slack": 0, "schedule": pdjax.gpipe(2, 2)}, r"the schedule has its own"),
+        ({"max_batch_shapes": 0}, r"max_batch_shapes=0; expected at least 1"),
+    ],
+)
+def test_schedule_options_that_make_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        pdjax.Pipeline(zoo.dense_blocks().loss_fn, optax.sgd(0.1), **options)
+
+
+def test_a_plan_brings_its_slack_and_an_argument_goes_before_it():
+    case = zoo.dense_blocks(num_blocks=4)
+    layers = tuple(LayerProfile(f"block_{i}", 1e-3, 2e-3, 4e5, 8e3, 8e3) for i in range(4))
+    profile = pdjax.Profile(layers, batch_size=8)
+    plan = pdjax.plan_pipeline(profile, pdjax.Topology.parse("2@1GB/s"))
+    assert plan.slack == 1
+    for given, expected in ((None, 1), (0, 0), (2, 2)):
+        pipe = pdjax.Pipeline(
+            case.loss_fn, optax.sgd(0.1), schedule="pipedream", plan=plan, slack=given
+        )
+        pipe.init(case.params, case.make_batch(8, 0))
+        made = pdjax.pipedream(plan.num_stages, replicas=plan.replicas, slack=expected)
+        assert pipe.schedule.workers == made.workers
