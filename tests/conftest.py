@@ -4,6 +4,7 @@ Every test file gets the marker ``jax`` or not, and ``processes`` or not, by the
 ``-m "not jax and not processes"`` files that need JAX are not even imported.
 """
 
+import itertools
 import os
 import signal
 import sys
@@ -70,11 +71,41 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.jax)
         if is_in(item.path, PROCESSES):
             item.add_marker(pytest.mark.processes)
-    # A full grid repeats its smaller sample; it runs only if it is asked for.
     if "grid" not in config.getoption("markexpr"):
-        grids = [item for item in items if item.get_closest_marker("grid")]
-        items[:] = [item for item in items if not item.get_closest_marker("grid")]
-        config.hook.pytest_deselected(items=grids)
+        left_out = set(grids_left_out(items))
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=list(left_out))
+
+
+def grids_left_out(items):
+    """The tests of full grids that are not needed to cover them.
+
+    A test with the marker ``grid(strength)`` runs for a sample of its parameters in which every
+    combination of values of so many arguments occurs: with 1 every value, with 2 every pair.
+    """
+    grids = {}
+    for item in items:
+        if item.get_closest_marker("grid"):
+            grids.setdefault((item.path, item.originalname), []).append(item)
+    for members in grids.values():
+        strength = members[0].get_closest_marker("grid").args[0]
+        yield from set(members) - set(covering(members, strength))
+
+
+def covering(members, strength):
+    """A sample that covers all combinations of `strength` arguments, chosen greedily."""
+
+    def combinations(member):
+        values = sorted((name, repr(value)) for name, value in member.callspec.params.items())
+        return set(itertools.combinations(values, strength))
+
+    open_ = {member: combinations(member) for member in members}
+    while any(open_.values()):
+        best = max(members, key=lambda member: len(open_[member]))
+        covered = set(open_[best])
+        for left in open_.values():
+            left -= covered
+        yield best
 
 
 def pytest_sessionfinish(session):

@@ -224,7 +224,8 @@ ANY_SCHEDULE: dict[str, Callable[[], zoo.Case]] = {
 }
 
 
-@pytest.mark.parametrize("num_stages", [1, 2, 3])
+@pytest.mark.grid(1)
+@pytest.mark.parametrize("num_stages", [3, 2, 1])
 @pytest.mark.parametrize("feature", [*SYNCHRONOUS_ONLY, *ANY_SCHEDULE])
 def test_synchronous(feature, num_stages):
     case = {**SYNCHRONOUS_ONLY, **ANY_SCHEDULE}[feature]()
@@ -243,7 +244,8 @@ def test_synchronous(feature, num_stages):
     chex.assert_trees_all_close(pipe.params(state), params, atol=4e-3 if low else 3e-6)
 
 
-@pytest.mark.parametrize("num_stages", [2, 3])
+@pytest.mark.grid(1)
+@pytest.mark.parametrize("num_stages", [3, 2])
 @pytest.mark.parametrize("feature", ANY_SCHEDULE)
 def test_asynchronous(feature, num_stages):
     case = ANY_SCHEDULE[feature]()

@@ -47,6 +47,7 @@ SMALL = ("mlp", "dropout", "skip")
 RUNS = [(optimizer, drains) for optimizer in OPTIMIZERS for drains in ((), (5, 7))]
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize(
     ("name", "optimizer", "drains"),
     [(name, *run) for name in CASES for run in (RUNS if name in SMALL else (RUNS[0], RUNS[3]))],

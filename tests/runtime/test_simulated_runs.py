@@ -60,6 +60,7 @@ def run(name, num_workers, num_microbatches, **options):
     return pipe, state, seen
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize(("num_workers", "num_microbatches"), SIZES)
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_what_is_done_is_what_was_planned_and_simulated(name, num_workers, num_microbatches):

@@ -62,6 +62,7 @@ def expected(model: str, num_microbatches: int) -> tuple[Any, list[Any], Any]:
     )
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize(
     ("model", "num_workers", "num_microbatches"),
     [(model, *size) for model in zoo.MODELS for size in (SIZES if model == "mlp" else FEW_SIZES)],

@@ -71,7 +71,8 @@ def run(case: zoo.Case, optimizer: Any, num_stages: int, **options: Any) -> tupl
     return pipe.params(state), params
 
 
-@pytest.mark.parametrize("num_stages", [1, 3])
+@pytest.mark.grid(1)
+@pytest.mark.parametrize("num_stages", [3, 1])
 @pytest.mark.parametrize("name", [*LEAF_BY_LEAF, *MIXING])
 def test_synchronous_updates_equal_those_of_the_whole_tree(name, num_stages):
     got, expected = run(zoo.dense_blocks(), {**LEAF_BY_LEAF, **MIXING}[name], num_stages)
