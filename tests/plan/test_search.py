@@ -152,14 +152,14 @@ ranges = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=250)
+@settings(deadline=None, max_examples=100)
 @given(layers, one_level, forms, memory_forms, memories, st.booleans(), stage_counts, ranges)
 def test_one_level_equals_brute_force(found, levels, cost, memory, sizes, replicate, count, cuts):
     cuts = [(a, min(b, len(found) - 1)) for a, b in cuts if a < len(found)]
     check(found, levels, cost, memory, sizes, replicate, count, cuts)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(
     layers.filter(lambda found: len(found) <= 4),
     two_levels,
