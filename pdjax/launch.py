@@ -112,7 +112,7 @@ def memory_variables() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port of this machine on which nobody listens."""
+    """A port of this machine on which no program listens."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

@@ -4,7 +4,7 @@ Each kind of source is one file and a row of `SOURCES`::
 
     dataset = pdjax.data.load("stdlib", seed=0)
     loader = pdjax.data.batches(dataset.train, batch_size=32)
-    for batch in loader:          # {"x": [32, 128], "y": [32, 128]}, for ever
+    for batch in loader:          # {"x": [32, 128], "y": [32, 128]}, without end
         ...
     position = loader.get_state()
 """
@@ -160,7 +160,7 @@ def _find(source: str) -> Source:
 
 
 def _num_examples(dataset: grain.MapDataset[Example]) -> int:
-    """Number of examples of an epoch of ``dataset``, also where it repeats for ever."""
+    """Number of examples of an epoch of ``dataset``, also where it repeats without end."""
     while len(dataset) == sys.maxsize and len(dataset.parents) == 1:
         dataset = dataset.parents[0]
     return len(dataset)

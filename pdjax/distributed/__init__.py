@@ -2,8 +2,8 @@
 
 `initialize` brings them together, first among themselves and then in JAX, and watches over them: a
 process that is killed, fails, is stopped or cannot be reached ends the others with a message that
-says which one it was, instead of leaving them to wait for ever. So does, much later, one that runs
-no Python, but not one whose main thread alone waits for something that never comes.
+names it, instead of leaving them to wait without end. So does, much later, one that runs no Python,
+but not one whose main thread alone waits for something that never comes.
 """
 
 from pdjax.distributed.peers import Peers as Peers

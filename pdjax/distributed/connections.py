@@ -2,7 +2,7 @@
 
 Again and again it says that this process lives, and hears the others say so. A connection that
 breaks without a goodbye, or one on which nothing is heard for too long, means that a process is
-lost. Nothing here waits for the rest of the program, which the loss may have blocked for ever.
+lost. Nothing here waits for the rest of the program, which the loss may have blocked for good.
 """
 
 from __future__ import annotations
@@ -310,7 +310,7 @@ class Connections:
         return explain(loss, lost, own)
 
     def _wake(self) -> None:
-        with contextlib.suppress(OSError):  # full: it wakes anyway; closed: nobody to wake
+        with contextlib.suppress(OSError):  # full: it wakes anyway; closed: no thread to wake
             self._wake_writer.send(b".")
 
     def _close(self) -> None:

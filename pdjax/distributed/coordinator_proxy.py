@@ -19,7 +19,7 @@ _RETRY_S = 0.05
 
 
 class CoordinatorProxy:
-    """Listens on this host, and connects whoever comes with a server elsewhere.
+    """Listens on this host, and connects each client with a server elsewhere.
 
     Args:
         host: of the server.

@@ -1,6 +1,6 @@
 """How a process of a run ends: well, by its own failure, or because another is lost.
 
-Python tells nobody at exit whether the program succeeded, so an uncaught exception is noted by
+Python does not report at exit whether the program succeeded, so an uncaught exception is noted by
 `sys.excepthook`, and the code of `sys.exit` by a wrapper around it. What remains unseen is a bare
 ``raise SystemExit(3)``, and ``sys.exit(main())`` where it is `main` that calls `initialize`, since
 Python looks `sys.exit` up before: the others take it for a good end, unless they go on to a call
@@ -29,8 +29,8 @@ _MAX_CHARACTERS = 300
 def print_last(message: str) -> None:
     """Prints a message on standard error, from whatever thread, before `end_process`.
 
-    A pipe that nobody empties does not keep the process alive: it ends after a moment, with exit
-    code 1, whatever blocks it.
+    A full pipe does not keep the process alive: it ends after a moment, with exit code 1, whatever
+    blocks it.
     """
     # A thread of our own would do as well, but none can be started while Python shuts down.
     faulthandler.dump_traceback_later(_LAST_WORDS_S, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
@@ -88,7 +88,7 @@ class EndOfProgram:
         """Stops looking."""
         atexit.unregister(self._at_exit)
         self._signals.release()
-        # Whoever wrapped these in the meantime keeps what they wrapped.
+        # A later wrapper of these keeps the function that it wrapped.
         if sys.excepthook == self._on_exception:
             sys.excepthook = self._hook
         if sys.exit == self._on_exit:
@@ -119,8 +119,8 @@ class EndOfProgram:
     ) -> None:
         """Prints the traceback, and then tells the others.
 
-        As soon as one of them has ended, whoever started the processes may end this one, too. But
-        nobody has to wait for a hook that takes its time, such as a debugger.
+        As soon as one of them has ended, the launcher may end this one, too. But
+        no process has to wait for a hook that takes its time, such as a debugger.
         """
         reason = f"failed: {_describe(kind, error)}"
         soon = threading.Timer(_LAST_WORDS_S, self._peers.leave, [reason])

@@ -14,8 +14,8 @@ from pdjax.errors import ClusterError
 class Lockstep:
     """How often this process has made each call that every process must make equally often.
 
-    Whoever makes one more than a process that has ended would wait for it for ever: for what it was
-    to send, or to fetch.
+    A process that makes one more than a process that has ended would wait without end, for values
+    that the other was to send or to fetch.
 
     Args:
         standings: of all processes, in order.

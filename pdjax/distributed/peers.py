@@ -91,8 +91,8 @@ class Peers:
     def taking_part(self, call: str) -> AbstractContextManager[None]:
         """Surrounds a call that every process must make, and that waits for the others.
 
-        If one of them ends, though well, before it has made as many, nobody waits for it for ever:
-        it counts as lost.
+        If one of them ends, though well, before it has made as many, it counts as lost, so that no
+        process waits for it without end.
 
         Args:
             call: the name of the method of `Pipeline`.

@@ -87,10 +87,10 @@ def initialize(
     From then on a process that is killed, fails, is stopped (SIGSTOP) or cannot be reached ends all
     others with a message and exit code 1, within `lost_peer_timeout_s`. One that lives but runs no
     Python, since a call keeps the interpreter lock, does so after 12 times as long: it may be at
-    work. One whose main thread waits for ever, while its other threads run, is not noticed. The
+    work. One whose main thread waits without end, while its other threads run, is not noticed. The
     program may end at different times in different processes, after the same steps, and each waits
-    at its end for the others; whoever goes on to a call of `Pipeline` for which it needs one that
-    has ended, ends with a message, too. SIGTERM ends a process, unless the program handles it:
+    at its end for the others; a process whose next call of `Pipeline` needs one that has ended, ends
+    with a message, too. SIGTERM ends a process, unless the program handles it:
     JAX's own preemption service, which would catch it, is not started. (To use that one, call
     `jax.distributed.initialize` before. JAX then speaks to its coordinator directly, and if process
     0 is killed its abort from C++ may come before the message.)

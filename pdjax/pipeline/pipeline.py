@@ -301,7 +301,7 @@ class Pipeline:
         """Finishes the minibatches in flight, so that all stages have seen the same ones.
 
         Waits for the losses of all minibatches handed over. Under a synchronous schedule nothing
-        ever is in flight between steps. Steps may follow; the pipeline then fills anew. `state`
+        ever is in flight between steps. Steps may follow; the pipeline then fills again. `state`
         cannot be used again.
 
         Raises:
@@ -312,7 +312,7 @@ class Pipeline:
         """
         training = self._training_of(state)
         training.check_losses(at_most=0)
-        # With a flush in every step nothing is in flight, and nobody is waited for.
+        # With a flush in every step nothing is in flight, and no process waits.
         prepared = training.prepared
         together = nullcontext() if prepared.schedule.flushes else training.together("drain")
         with together, training.breaking_on(BaseException, state.step):
@@ -392,7 +392,7 @@ class Pipeline:
         same minibatch.
 
         Raises:
-            NonFiniteLossError: if a loss that nobody looked at yet is NaN or infinite. Calling
+            NonFiniteLossError: if a loss that was not checked yet is NaN or infinite. Calling
                 again returns the parameters all the same.
             BrokenPipelineError: if an earlier step failed on a device.
             ClusterError: if another process has ended that does not make this call.

@@ -102,7 +102,7 @@ def drop_dominated(
     rows, burden, levels, group = rows[order], burden[order], levels[order], group[order]
     counts, demand = counts[order], rows[:, DEMAND]
     # Every group gets a range of numbers of its own, later ones lower ones, so that one running
-    # minimum over all rows begins anew with each group.
+    # minimum over all rows starts again with each group.
     most = int(burden.max()) + 1
     base = (group[-1] - group) * (most + 1)
     kind = (demand * (int(levels.max()) + 1) + levels) * (int(counts.max()) + 1) + counts

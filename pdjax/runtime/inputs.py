@@ -36,7 +36,7 @@ class Given(NamedTuple):
 class Reads(NamedTuple):
     """Which groups of `Given` a pass reads.
 
-    The others are left empty, so that nobody keeps them alive.
+    The others are left empty, so that nothing keeps them alive.
     """
 
     consts: bool

@@ -36,7 +36,7 @@ class UpdateRunner:
         split: the update of all stages.
         stage: the stage.
         placement: where it is.
-        donate_weights: whether nobody needs the old weights any more.
+        donate_weights: whether the old weights are needed no more.
         divisor: the shape of the divisor.
         num_minibatches: how many minibatches an update is for, out of the divisor.
     """

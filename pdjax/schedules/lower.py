@@ -189,7 +189,7 @@ def lower_cycle(
         fusions: for each stage the actions that are one program; none if None.
 
     Raises:
-        ScheduleError: if a worker waits for ever.
+        ScheduleError: if a worker never can go on.
     """
     return _CycleLowering(schedule, rule, interfaces, fusions or ("",) * len(interfaces)).rows()
 

@@ -17,7 +17,7 @@ _REMEDY = (
 def check_same_task(peers: Peers, config: TrainConfig, task: Task) -> None:
     """Compares with the other processes what `Pipeline` cannot see: later batches, and how many.
 
-    Otherwise each would train its stages on what it read, and nobody would notice.
+    Otherwise each would train its stages on what it read, and no error would tell.
 
     Raises:
         ValueError: if something differs; in every process, with the difference by name.
