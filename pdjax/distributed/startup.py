@@ -89,7 +89,7 @@ def initialize(
     Python, since a call keeps the interpreter lock, does so after 12 times as long: it may be at
     work. One whose main thread waits without end, while its other threads run, is not noticed. The
     program may end at different times in different processes, after the same steps, and each waits
-    at its end for the others; a process whose next call of `Pipeline` needs one that has ended, ends
+    at its end for the others; a process whose next call of `Pipeline` needs one that has ended ends
     with a message, too. SIGTERM ends a process, unless the program handles it:
     JAX's own preemption service, which would catch it, is not started. (To use that one, call
     `jax.distributed.initialize` before. JAX then speaks to its coordinator directly, and if process
