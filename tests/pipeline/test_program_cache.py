@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import pdjax
-from pdjax.pipeline.prepared import Prepared
 from pdjax.pipeline.program_cache import ProgramCache
 
 
@@ -46,18 +44,16 @@ def loss_fn(params, batch):
 def test_recompilations_of_batch_shapes_are_counted():
     params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 1))}
     pipe = pdjax.Pipeline(
-        loss_fn, optax.sgd(0.1), num_stages=2, num_microbatches=2, plan="balanced"
+        loss_fn, optax.sgd(0.1), num_stages=2, num_microbatches=2, max_batch_shapes=2
     )
     batches = {size: np.ones((size, 3), np.float32) for size in (4, 6, 8)}
-    prepared = Prepared(pipe._settings, params, batches[4], None, jax.random.key(0), 2)
-    run = prepared.start(params, None)
+    state = pipe.init(params, batches[4])
 
-    def step(size):
-        return prepared.executor.step(run, prepared.feed(run, batches[size]))
+    def recompilations(*sizes):
+        nonlocal state
+        for size in sizes:
+            state, _ = pipe.step(state, batches[size])
+        return pipe.counts(state).num_recompilations
 
-    for size in (4, 6, 4, 6):
-        step(size)
-    assert prepared.num_recompilations == 0
-    for size in (8, 4, 6):  # the first one stays, 6 was dropped for 8
-        step(size)
-    assert prepared.num_recompilations == 1
+    assert recompilations(4, 6, 4, 6) == 0
+    assert recompilations(8, 4, 6) == 1  # the first one stays, 6 was dropped for 8
