@@ -67,7 +67,7 @@ def turn(worker) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("old", type=Path, help="a checkout to compare with this one")
     parser.add_argument("--width", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=15)
@@ -84,8 +84,7 @@ def main() -> None:
             found = {which: turn(workers[which]) for which in order}
             rounds.append([found[0], found[1]])
         for worker in workers:
-            worker.stdin.close()
-            worker.wait()
+            worker.communicate()  # closes its input, at whose end it stops
         report(name, np.array(rounds))
 
 
